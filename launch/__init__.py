@@ -1,0 +1,1 @@
+"""Recipes, and what takes them to a machine."""

@@ -1,0 +1,145 @@
+"""A run's configuration: frozen dataclasses, filled from a YAML recipe and `a.b=c` overrides.
+
+Defaults are the 7B hyperparameters of the paper (arXiv 2505.18116, appendix) and its official
+code. Every value is checked here, before anything expensive starts.
+"""
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+OBJECTIVE_NAMES = ("nft", "rft", "grpo", "dr_grpo", "dapo", "sft")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = ""  # a Hugging Face directory
+    dtype: str = "bfloat16"  # bfloat16 | float32
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence: bool = False  # Megatron's sequence parallelism, over the tensor ranks
+    distributed_optimizer: bool = True
+    num_processes: int = 0  # on this machine; 0: one a GPU, or the least the layout needs
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One data file; columns that are not given are found by their usual names."""
+
+    path: str = ""
+    name: str = ""  # in metrics; default: the file's stem
+    question: str = ""
+    answer: str = ""
+    solution: str = ""  # worked solutions, for the objective sft
+    samples: int = 1  # answers a question, for evaluation sets
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: list[SourceConfig] = field(default_factory=list)
+    template: str = "boxed"  # a name in problems.TEMPLATES
+    max_prompt_tokens: int = 512
+    on_long_prompt: str = "error"  # error | skip
+    on_bad_row: str = "error"  # error | skip
+    deduplicate: bool = True
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = "nft"
+    # NFT, in the official code's terms
+    epsilon: float = 1.0  # ε: least value of the implicit negative ratio
+    omega: str = "dr_grpo"  # uniform: 1 | dr_grpo: 1−r̂ | grpo: √((1−r̂)/r̂)
+    ratio: str = "token"  # token | sequence
+    negative_weight: float = 1.0
+    # the clipped family
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    # who divides: token_mean | sequence_mean | constant
+    denominator: str = "token_mean"
+    constant: float = 32000.0  # official scale: 1000 · ranks
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    questions: int = 512  # mixed groups a rollout trains on
+    questions_asked: int = 1536  # questions asked at a time until there are that many
+    max_asks: int = 10
+    on_short_batch: str = "train"  # train | stop: when max_asks did not fill the batch
+    answers: int = 16  # K
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_response_tokens: int = 3584
+    tensor: int = 1  # ranks an engine
+    memory_fraction: float = 0.7  # of a GPU, for vLLM
+    cpu_kv_cache_gib: int = 1  # on CPU hosts
+    max_sequences: int = 256  # at once, per engine
+    drift_warn: float = 0.05  # mean |Δlogp| between trainer and engine
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    warmup_rollouts: int = 10
+    questions_per_minibatch: int = 32
+    epochs: int = 1
+    tokens_per_microbatch: int = 16384
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    workers: int = 0  # 0: one a core
+    timeout_s: float = 10.0
+    max_unverifiable_rate: float = 0.1
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    sets: list[SourceConfig] = field(default_factory=list)
+    every: int = 2  # rollouts; 0: never
+    temperature: float = 1.0
+    top_p: float = 0.7
+    stop_at_accuracy: float = 0.0  # end the run at this mean accuracy; 0: never
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 2  # rollouts; 0: only at the end
+    keep: int = 2
+    check_export: bool = False  # compare the exported model's log-probabilities by transformers
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    tensorboard: bool = True
+    wandb_project: str = ""  # empty: off
+    wandb_name: str = ""
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str = ""
+    seed: int = 0
+    rollouts: int = 320
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -1,0 +1,1 @@
+"""The policy: a Megatron-Core model, its objective and its optimizer step."""

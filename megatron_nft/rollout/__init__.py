@@ -1,0 +1,1 @@
+"""Samples: what was asked, what was answered, how it was judged."""

@@ -1,0 +1,64 @@
+"""The records that flow through a training step: problems, responses, groups."""
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+
+
+class Verdict(enum.Enum):
+    """What the verifier says of one answer; UNVERIFIABLE means that it could not tell."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNVERIFIABLE = "unverifiable"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with a known answer; `solution_tokens` only where the data has worked solutions."""
+
+    id: str
+    prompt_tokens: np.ndarray  # int32 [P]
+    answer: str
+    source: str
+    solution_tokens: np.ndarray | None = None  # int32 [T], ends with the end-of-text token
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled answer; `verdict` is None until it has been judged."""
+
+    tokens: np.ndarray  # int32 [T]
+    logp: np.ndarray  # float32 [T], of each token as sampled by the engine
+    finish: str  # "stop" | "length"
+    text: str
+    verdict: Verdict | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.verdict is Verdict.CORRECT
+
+    @property
+    def judged(self) -> bool:
+        return self.verdict in (Verdict.CORRECT, Verdict.WRONG)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The K answers to one question, sampled by one version of the weights."""
+
+    problem: Problem
+    responses: tuple[Response, ...]
+    weights_version: int
+
+    @property
+    def accuracy(self) -> float:
+        """r̂ of the paper: correct / judged, 0 where nothing could be judged."""
+        judged = [r for r in self.responses if r.judged]
+        return sum(r.correct for r in judged) / len(judged) if judged else 0.0
+
+    @property
+    def is_mixed(self) -> bool:
+        """True where the group has right and wrong answers; only such groups train the policy."""
+        return 0.0 < self.accuracy < 1.0

@@ -1,0 +1,1 @@
+"""Judging answers: extraction, equivalence, and the processes that do it."""
