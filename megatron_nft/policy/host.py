@@ -1,0 +1,118 @@
+"""What a host without CUDA needs so that Megatron-Core and vLLM run on it, and nothing else.
+
+Megatron-Core names "cuda" in many factory calls. On a machine that has no CUDA device,
+`prepare()` answers those calls with the CPU; where a CUDA device exists it does nothing at all.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_mode: TorchFunctionMode | None = None
+
+
+def has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device that this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective backend; on CUDA hosts CPU tensors go over gloo."""
+    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+
+
+def prepare() -> None:
+    """Make a CPU host usable by Megatron-Core and vLLM; on a CUDA host, do nothing."""
+    global _mode
+    if has_cuda() or _mode is not None:
+        return
+    _disarm_cuda_calls()
+    _share_cpu_generator()
+    _mode = _CpuForCuda()
+    _mode.__enter__()  # for the life of the process
+
+
+def vllm_environment(kv_cache_gib: int) -> Mapping[str, str]:
+    """vLLM's own switches: in-process engine always, and what its CPU build asks for."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if not has_cuda():
+        environment |= {
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        }
+    return environment
+
+
+def limit_threads(num_local_processes: int) -> None:
+    """Share the cores among the processes of a CPU host; oversubscribed threads thrash."""
+    if not has_cuda():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_processes))
+
+
+class _CpuForCuda(TorchFunctionMode):
+    """Turn `device="cuda"` into the CPU and let tensors pass the checks for CUDA types."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        if func is torch.Tensor.to and any(_names_cuda(a) for a in args[1:]):
+            args = tuple(torch.device("cpu") if _names_cuda(a) else a for a in args)
+        return func(*args, **kwargs)
+
+
+def _names_cuda(value: object) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and value.split(":")[0] == "cuda"
+
+
+class _NoStream:
+    """Stands for a stream or an event where everything is synchronous already."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+    def wait_stream(self, stream: object) -> None: ...
+    def wait_event(self, event: object) -> None: ...
+    def record(self, stream: object = None) -> None: ...
+    def wait(self, stream: object = None) -> None: ...
+    def synchronize(self) -> None: ...
+    def query(self) -> bool:
+        return True
+
+
+def _disarm_cuda_calls() -> None:
+    stream = _NoStream()
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None
+    torch.cuda.current_stream = lambda *_args, **_kwargs: stream
+    torch.cuda.stream = lambda *_args, **_kwargs: contextlib.nullcontext()
+    torch.cuda.Stream = _NoStream
+    torch.cuda.Event = _NoStream
+
+
+def _share_cpu_generator() -> None:
+    """Let Megatron's tracked random states be those of the CPU generator."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
