@@ -1,1 +1,34 @@
 """One name table per model family."""
+
+from transformers import PretrainedConfig
+
+from checkpoints_conversion.families import qwen2
+from checkpoints_conversion.mapping import Mapping, Sizes
+
+FAMILIES = {"Qwen2ForCausalLM": qwen2.mappings}
+
+
+def mappings_for(hf_config: PretrainedConfig) -> tuple[Mapping, ...]:
+    """The name table of this model.
+
+    Raises:
+        ValueError: the architecture has none.
+    """
+    architecture = (hf_config.architectures or ["none"])[0]
+    if architecture not in FAMILIES:
+        raise ValueError(
+            f"no name table for {architecture}; supported architectures: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[architecture](hf_config)
+
+
+def sizes_of(hf_config: PretrainedConfig) -> Sizes:
+    """What the mappings need to know of this model."""
+    head_dim = getattr(hf_config, "head_dim", None)
+    return Sizes(
+        num_layers=hf_config.num_hidden_layers,
+        num_heads=hf_config.num_attention_heads,
+        num_kv_heads=hf_config.num_key_value_heads,
+        head_dim=head_dim or hf_config.hidden_size // hf_config.num_attention_heads,
+        vocab_size=hf_config.vocab_size,
+    )

@@ -114,5 +114,7 @@ def _share_cpu_generator() -> None:
     """Let Megatron's tracked random states be those of the CPU generator."""
     from megatron.core.tensor_parallel import random
 
+    torch.cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)

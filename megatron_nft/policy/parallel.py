@@ -1,0 +1,38 @@
+"""Process groups and random states of one training process."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_nft.config import ParallelConfig
+from megatron_nft.policy import host
+
+
+def under_torchrun() -> bool:
+    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -> None:
+    """Join the job's processes and lay Megatron's groups over them; call under torchrun."""
+    host.prepare()
+    if host.has_cuda():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    host.limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def finalize() -> None:
+    """Leave the process groups."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
