@@ -1,0 +1,220 @@
+"""A run's numbers: one JSON object a step, mirrored to TensorBoard and Weights & Biases."""
+
+import json
+import logging
+import math
+import os
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol, Self
+
+from omegaconf import OmegaConf
+
+from megatron_nft.config import LoggingConfig
+
+FILE_NAME = "metrics.jsonl"
+NON_FINITE = "non_finite"  # how many of a record's values were NaN or infinite
+GIB = 2**30
+
+Record = dict[str, float | int | None]
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Append-only log of a run, for one process of the run to hold.
+
+    `metrics.jsonl` is the record; what follows `resume_after_step` in it (-1: everything) is cut
+    off, because the resumed run writes those steps again. Records carry an increasing "step".
+    """
+
+    def __init__(self, run_dir: Path, config: LoggingConfig, resume_after_step: int) -> None:
+        wandb = _import_wandb(config.wandb_project) if config.wandb_project else None
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _cut(run_dir / FILE_NAME, resume_after_step)
+        self._last_step = resume_after_step
+        self._mirrors: list[_Mirror] = []
+        if config.tensorboard:
+            self._mirrors.append(_TensorBoard(run_dir / "tensorboard", resume_after_step))
+        if wandb:
+            self._mirrors.append(_WeightsAndBiases(wandb, run_dir, config))
+        self._file = (run_dir / FILE_NAME).open("ab", buffering=0)
+
+    def write(self, record: Record) -> None:
+        """Append one record; NaN and infinity become null, and `non_finite` counts them."""
+        step = record["step"]
+        assert isinstance(step, int), f"step {step!r} is not a whole number"
+        assert step > self._last_step, f"step {step} comes after step {self._last_step}"
+        bad = [k for k, v in record.items() if v is not None and not math.isfinite(v)]
+        if bad:
+            logger.warning("step %d: not finite: %s", step, ", ".join(bad))
+            record = record | {NON_FINITE: len(bad)}
+        finite = record | dict.fromkeys(bad)
+        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
+        if self._file.write(line) != len(line):  # one call: a kill tears the last line at most
+            raise OSError(f"{self._file.name}: could not write all of step {step}; disk full?")
+        self._last_step = step
+        present = {k: v for k, v in record.items() if v is not None}
+        for mirror in self._mirrors:
+            mirror.write(step, present)
+
+    def close(self, failed: bool = False) -> None:
+        self._file.close()
+        for mirror in self._mirrors:
+            mirror.close(failed)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """All complete lines of a run's log; a last line without its newline is not one."""
+    path = run_dir / FILE_NAME
+    complete = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(line, path, number) for number, line in enumerate(complete, 1)]
+
+
+class PhaseTimer:
+    """Seconds spent in each named phase since the last reset; phases do not nest."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block, with the GPU work it started. A block that raises is not counted."""
+        start = time.perf_counter()
+        yield
+        if torch := _torch_on_cuda():
+            torch.cuda.synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._seconds)
+
+    def reset(self) -> None:
+        self._seconds.clear()
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held: of its GPU if it uses one, else resident."""
+    if torch := _torch_on_cuda():
+        return torch.cuda.max_memory_allocated() / GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / GIB if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+
+
+class _Mirror(Protocol):
+    """Another place for the same numbers; values are present but may be NaN or infinite."""
+
+    def write(self, step: int, values: dict[str, float | int]) -> None: ...
+    def close(self, failed: bool) -> None: ...
+
+
+class _TensorBoard:
+    """Scalars by tensorboard's own event writer, which needs no torch."""
+
+    def __init__(self, directory: Path, resume_after_step: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer = EventFileWriter(str(directory))
+        # Readers hide what earlier files hold from the step of a session's START on.
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(step=resume_after_step + 1, session_log=restart)
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        scalars = [
+            self._summary.Value(tag=key, simple_value=value)
+            for key, value in values.items()
+            if key != "step"
+        ]
+        self._add(step=step, summary=self._summary(value=scalars))
+
+    def _add(self, **content: object) -> None:
+        self._writer.add_event(self._event(wall_time=time.time(), **content))
+        self._writer.flush()
+
+    def close(self, failed: bool) -> None:
+        del failed  # TensorBoard has no such notion
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    """One W&B run for the life of the run directory; WANDB_MODE=offline works as ever.
+
+    W&B ignores steps that it already has, and a resumed run repeats the same numbers.
+    """
+
+    def __init__(self, wandb: ModuleType, run_dir: Path, config: LoggingConfig) -> None:
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        recipe = run_dir / "config.yaml"
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_name or None,
+            id=id_file.read_text(),
+            resume="allow",
+            dir=str(run_dir),
+            config=OmegaConf.to_container(OmegaConf.load(recipe)) if recipe.exists() else None,
+        )
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        self._run.log(values, step=step)
+
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
+
+
+def _import_wandb(project: str) -> ModuleType:
+    try:
+        import wandb
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"logging.wandb_project is {project!r}, but wandb is not installed: "
+            "pip install 'megatron-nft[wandb]', or leave logging.wandb_project empty"
+        ) from error
+    return wandb
+
+
+def _cut(path: Path, last_step: int) -> None:
+    """Drop the steps after `last_step` and a torn last line, all at once or not at all."""
+    if not path.exists():
+        return
+    kept = [r for r in read_metrics(path.parent) if r["step"] <= last_step]
+    content = "".join(json.dumps(record) + "\n" for record in kept).encode()
+    if content == path.read_bytes():
+        return
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _parse(line: bytes, path: Path, number: int) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not JSON: {line[:80]!r}") from error
+    if not isinstance(record, dict) or "step" not in record:
+        raise ValueError(f'{path}, line {number}: not an object with "step": {line[:80]!r}')
+    return record
+
+
+def _torch_on_cuda() -> ModuleType | None:
+    """The torch module, if this process has loaded it and uses a GPU; never imports it."""
+    torch = sys.modules.get("torch")
+    return torch if torch and torch.cuda.is_initialized() else None
