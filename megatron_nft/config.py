@@ -1,15 +1,11 @@
 """A run's configuration: frozen dataclasses, filled from a YAML recipe and `a.b=c` overrides.
 
 Defaults are the 7B hyperparameters of the paper (arXiv 2505.18116, appendix) and its official
-code. Every value is checked here, before anything expensive starts.
+code. `recipe.load` fills them, `validation.validate` says what each may be. Relative paths are
+relative to the working directory.
 """
 
-import difflib
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from dataclasses import dataclass, field
 
 OBJECTIVE_NAMES = ("nft", "rft", "grpo", "dr_grpo", "dapo", "sft")
 

@@ -1,0 +1,203 @@
+"""What a configuration's values may be: choices, ranges and the rules between keys."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.config import OBJECTIVE_NAMES, Config
+from megatron_nft.problems import TEMPLATES
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `low` to `high`; an open end is not one of them."""
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.low_open else 'at least'} {self.low}"
+        if math.isinf(self.high):
+            return low
+        return f"{low} and {'below' if self.high_open else 'at most'} {self.high}"
+
+
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, low_open=True)
+AT_LEAST_ONE = Range(1)
+SHARE = Range(0, 1)
+POSITIVE_SHARE = Range(0, 1, low_open=True)
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": ("bfloat16", "float32"),
+    "data.template": tuple(TEMPLATES),
+    "data.on_long_prompt": ("error", "skip"),
+    "data.on_bad_row": ("error", "skip"),
+    "objective.name": OBJECTIVE_NAMES,
+    "objective.omega": ("uniform", "dr_grpo", "grpo"),
+    "objective.ratio": ("token", "sequence"),
+    "objective.denominator": ("token_mean", "sequence_mean", "constant"),
+    "rollout.on_short_batch": ("train", "stop"),
+}
+
+RANGES: dict[str, Range] = {
+    "seed": NOT_NEGATIVE,
+    "rollouts": AT_LEAST_ONE,
+    "parallel.tensor": AT_LEAST_ONE,
+    "parallel.pipeline": AT_LEAST_ONE,
+    "parallel.context": AT_LEAST_ONE,
+    "parallel.num_processes": NOT_NEGATIVE,
+    "data.train[].samples": AT_LEAST_ONE,
+    "data.max_prompt_tokens": AT_LEAST_ONE,
+    "objective.epsilon": POSITIVE_SHARE,
+    "objective.negative_weight": NOT_NEGATIVE,
+    "objective.clip_low": POSITIVE_SHARE,
+    "objective.clip_high": POSITIVE,
+    "objective.constant": POSITIVE,
+    "rollout.questions": AT_LEAST_ONE,
+    "rollout.questions_asked": AT_LEAST_ONE,
+    "rollout.max_asks": AT_LEAST_ONE,
+    "rollout.answers": AT_LEAST_ONE,
+    "rollout.temperature": POSITIVE,
+    "rollout.top_p": POSITIVE_SHARE,
+    "rollout.max_response_tokens": AT_LEAST_ONE,
+    "rollout.tensor": AT_LEAST_ONE,
+    "rollout.memory_fraction": Range(0, 1, low_open=True, high_open=True),
+    "rollout.cpu_kv_cache_gib": AT_LEAST_ONE,
+    "rollout.max_sequences": AT_LEAST_ONE,
+    "rollout.drift_warn": POSITIVE,
+    "optimizer.lr": POSITIVE,
+    "optimizer.betas[]": Range(0, 1, high_open=True),
+    "optimizer.eps": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.clip_norm": POSITIVE,
+    "optimizer.warmup_rollouts": NOT_NEGATIVE,
+    "optimizer.questions_per_minibatch": AT_LEAST_ONE,
+    "optimizer.epochs": AT_LEAST_ONE,
+    "optimizer.tokens_per_microbatch": AT_LEAST_ONE,
+    "verify.workers": NOT_NEGATIVE,
+    "verify.timeout_s": POSITIVE,
+    "verify.max_unverifiable_rate": SHARE,
+    "evaluate.sets[].samples": AT_LEAST_ONE,
+    "evaluate.every": NOT_NEGATIVE,
+    "evaluate.temperature": NOT_NEGATIVE,
+    "evaluate.top_p": POSITIVE_SHARE,
+    "evaluate.stop_at_accuracy": SHARE,
+    "checkpoint.every": NOT_NEGATIVE,
+    "checkpoint.keep": AT_LEAST_ONE,
+}
+
+REQUIRED = {
+    "run_dir": "the directory the run writes to",
+    "model.path": "a Hugging Face model directory",
+    "data.train[].path": "a .jsonl, .json or .parquet file",
+    "evaluate.sets[].path": "a .jsonl, .json or .parquet file",
+}
+
+
+def validate(config: Config) -> None:
+    """Raise one ValueError that lists every wrong key, what it was and what it may be.
+
+    Files are not looked for: a recipe is checked on machines that do not have them.
+    """
+    complaints = [text for key, value in leaves(config) if (text := _complaint(key, value))]
+    complaints = complaints or [*_rules_between_keys(config)]
+    if complaints:
+        raise ValueError("\n  ".join(complaints))
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value that is no section, under its dotted key; an empty list counts as a value."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from leaves(getattr(value, field.name), f"{key}.{field.name}".lstrip("."))
+    elif isinstance(value, list | tuple) and value:
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{key}[{i}]")
+    else:
+        yield key, value
+
+
+def _complaint(key: str, value: Any) -> str | None:
+    rule = re.sub(r"\[\d+\]", "[]", key)
+    if rule in CHOICES and value not in CHOICES[rule]:
+        return _was(key, value, ", ".join(CHOICES[rule]))
+    if rule in RANGES and value not in RANGES[rule]:
+        return _was(key, value, str(RANGES[rule]))
+    if rule in REQUIRED and not value:
+        return _was(key, value, REQUIRED[rule])
+    return None
+
+
+def _was(key: str, value: Any, may_be: str) -> str:
+    return f"{key} was {value!r}; it may be {may_be}"
+
+
+def _rules_between_keys(config: Config) -> Iterator[str]:
+    yield from _parallel_rules(config)
+    yield from _batch_rules(config)
+    yield from _evaluation_rules(config)
+    if not config.data.train:
+        yield _was("data.train", [], "a list of at least one file: [{path: …}]")
+    if config.objective.name != "sft":
+        yield from _engine_rules(config)
+
+
+def _parallel_rules(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    num_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if parallel.num_processes % num_ranks:
+        may_be = f"0 or a multiple of tensor·pipeline·context = {num_ranks}"
+        yield _was("parallel.num_processes", parallel.num_processes, may_be)
+    if parallel.sequence and parallel.tensor == 1:
+        yield _was("parallel.sequence", True, "true only where parallel.tensor is above 1")
+
+
+def _batch_rules(config: Config) -> Iterator[str]:
+    given, questions = config.optimizer.questions_per_minibatch, config.rollout.questions
+    if questions % given:
+        may_be = f"a divisor of rollout.questions = {questions}"
+        yield _was("optimizer.questions_per_minibatch", given, may_be)
+
+
+def _engine_rules(config: Config) -> Iterator[str]:
+    """What holds where answers are sampled: every objective but sft."""
+    rollout, optimizer = config.rollout, config.optimizer
+    if rollout.answers < 2:
+        may_be = "at least 2: a group trains only where it has right and wrong answers"
+        yield _was("rollout.answers", rollout.answers, may_be)
+    if rollout.questions_asked * rollout.max_asks < rollout.questions:
+        may_be = f"such that times max_asks = {rollout.max_asks} it reaches rollout.questions"
+        may_be += f" = {rollout.questions}"
+        yield _was("rollout.questions_asked", rollout.questions_asked, may_be)
+    if config.parallel.num_processes % rollout.tensor:
+        may_be = f"a divisor of parallel.num_processes = {config.parallel.num_processes}"
+        yield _was("rollout.tensor", rollout.tensor, may_be)
+    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
+    if optimizer.tokens_per_microbatch < longest:
+        may_be = f"at least max_prompt_tokens + max_response_tokens = {longest}"
+        yield _was("optimizer.tokens_per_microbatch", optimizer.tokens_per_microbatch, may_be)
+
+
+def _evaluation_rules(config: Config) -> Iterator[str]:
+    evaluate = config.evaluate
+    names = [source.name or Path(source.path).stem for source in evaluate.sets]
+    for i, (name, source) in enumerate(zip(names, evaluate.sets, strict=True)):
+        if name in names[:i]:
+            yield _was(f"evaluate.sets[{i}].name", name, "a name that no other set has")
+        if evaluate.temperature == 0 and source.samples > 1:
+            may_be = "1 where evaluate.temperature is 0: greedy answers are all the same"
+            yield _was(f"evaluate.sets[{i}].samples", source.samples, may_be)
+    if evaluate.stop_at_accuracy and not (evaluate.sets and evaluate.every):
+        may_be = "0, or needs evaluate.sets and evaluate.every above 0"
+        yield _was("evaluate.stop_at_accuracy", evaluate.stop_at_accuracy, may_be)
