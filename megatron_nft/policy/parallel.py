@@ -22,6 +22,12 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     host.limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
+    lay_groups(parallel, seed)
+
+
+def lay_groups(parallel: ParallelConfig, seed: int) -> None:
+    """Lay Megatron's groups over the processes, in place of any earlier layout."""
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,

@@ -1,0 +1,67 @@
+"""Run a function in several gloo processes, as torchrun would, and get its results."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def run(function: Callable[..., Any], num_processes: int, *args: Any) -> list[Any]:
+    """`function(*args)` on every rank under torchrun's environment; the ranks' results in order."""
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(num_processes)]
+    processes = [
+        context.Process(target=_child, args=(rank, num_processes, port, pipe[1], function, args))
+        for rank, pipe in enumerate(pipes)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        return [_receive(pipe[0], process) for pipe, process in zip(pipes, processes, strict=True)]
+    finally:
+        for process in processes:
+            process.join(timeout=20)
+            process.kill()
+
+
+def _receive(pipe: Connection, process: multiprocessing.process.BaseProcess) -> Any:
+    while not pipe.poll(1.0):
+        if not process.is_alive() and not pipe.poll(0):
+            raise RuntimeError(f"{process.name} died with exit code {process.exitcode}")
+    error, result = pipe.recv()
+    if error:
+        raise RuntimeError(error)
+    return result
+
+
+def _child(
+    rank: int,
+    num_processes: int,
+    port: int,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    try:
+        result = (None, function(*args))
+    except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it
+        result = (f"rank {rank}:\n{traceback.format_exc()}", None)
+    pipe.send(result)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

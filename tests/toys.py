@@ -1,0 +1,52 @@
+"""Small real models and sequences for the tests."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_nft.policy.packing import Sequence
+
+VOCAB_SIZE = 67
+
+
+def save_qwen2(path: Path, *, seed: int = 0, tied: bool = False, **changes: int) -> Path:
+    """A random Qwen2 with biases and norms that are not their initial constants."""
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    } | changes
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(path)
+    return path
+
+
+def random_sequences(num: int, *, seed: int = 0, longest: int = 20) -> list[Sequence]:
+    """Sequences of unequal length with old log-probabilities near those of a random model."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for _ in range(num):
+        prompt = rng.integers(0, VOCAB_SIZE, rng.integers(1, longest)).astype(np.int32)
+        response = rng.integers(0, VOCAB_SIZE, rng.integers(1, longest)).astype(np.int32)
+        old_logp = -rng.uniform(3.0, 5.5, len(response)).astype(np.float32)
+        sequences.append(
+            Sequence(
+                prompt=prompt,
+                response=response,
+                logp=old_logp,
+                old_logp=old_logp,
+                correct=bool(rng.integers(0, 2)),
+                group_accuracy=float(rng.integers(1, 16)) / 16,
+            )
+        )
+    return sequences
