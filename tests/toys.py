@@ -50,3 +50,19 @@ def random_sequences(num: int, *, seed: int = 0, longest: int = 20) -> list[Sequ
             )
         )
     return sequences
+
+
+def save_tokenizer(path: Path) -> Path:
+    """A real tokenizer of one-letter words: token i is the i-th character from `0` on."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<eos>", *(chr(ord("0") + i) for i in range(VOCAB_SIZE - 2))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<pad>"
+    )
+    fast.save_pretrained(path)
+    return path

@@ -6,7 +6,7 @@ Megatron-Core names "cuda" in many factory calls. On a machine that has no CUDA 
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +40,19 @@ def prepare() -> None:
     _mode.__enter__()  # for the life of the process
 
 
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """Leave the CPU accommodations of tensor calls aside: vLLM's CPU build needs none of them."""
+    if _mode is None:
+        yield
+        return
+    _mode.__exit__(None, None, None)
+    try:
+        yield
+    finally:
+        _mode.__enter__()
+
+
 def vllm_environment(kv_cache_gib: int) -> Mapping[str, str]:
     """vLLM's own switches: in-process engine always, and what its CPU build asks for."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -49,6 +62,18 @@ def vllm_environment(kv_cache_gib: int) -> Mapping[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         }
     return environment
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Give a vLLM model on a CPU host its new output head after a reload.
+
+    vLLM's CPU build multiplies by a packed copy of the head. A reload packs anew what it loads,
+    but a head that is tied to the embedding is not loaded: its copy would stay the old one.
+    """
+    head = getattr(model, "lm_head", None)
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    if not has_cuda() and head is not None and head.weight is getattr(embedding, "weight", None):
+        head.quant_method.process_weights_after_loading(head)
 
 
 def limit_threads(num_local_processes: int) -> None:

@@ -6,7 +6,8 @@ its data-parallel reduction then only ever add. The gradient cannot depend on mi
 the layout.
 """
 
-from collections.abc import Iterator, Sequence as Seq
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -16,7 +16,7 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with a known answer; `solution_tokens` only where the data has worked solutions."""
+    """A question with a known answer; `solution_tokens` where the data has worked solutions."""
 
     id: str
     prompt_tokens: np.ndarray  # int32 [P]

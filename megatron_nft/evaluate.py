@@ -1,0 +1,34 @@
+"""Accuracy on held-out sets: the mean over every question's sampled answers (avg@k)."""
+
+from collections.abc import Sequence
+
+from megatron_nft.config import Config
+from megatron_nft.rollout.collect import ask
+from megatron_nft.rollout.colocated import ColocatedEngine, Sampling
+from megatron_nft.rollout.groups import Problem
+from megatron_nft.verify.pool import Verifier
+
+EvaluationSet = tuple[str, Sequence[Problem], int]  # name, problems, answers a problem
+
+
+def evaluate(
+    engine: ColocatedEngine, verifier: Verifier, sets: Sequence[EvaluationSet], config: Config
+) -> dict[str, float]:
+    """`eval/<set>/accuracy` (correct / judged) and the rest for every set; collective.
+
+    The same answers are drawn from the same weights at whatever step: the seed is the run's.
+    """
+    metrics = {}
+    for name, problems, samples in sets:
+        sampling = Sampling(
+            answers=samples,
+            temperature=config.evaluate.temperature,
+            top_p=config.evaluate.top_p,
+            max_tokens=config.rollout.max_response_tokens,
+            seed=config.seed,
+        )
+        _, tally = ask(engine, verifier, problems, sampling)
+        seen = tally.metrics()
+        metrics[f"eval/{name}/accuracy"] = seen.pop("accuracy_all")
+        metrics |= {f"eval/{name}/{key}": value for key, value in seen.items()}
+    return metrics

@@ -1,0 +1,112 @@
+"""Save and resume: Megatron-Core's distributed checkpoint of the policy and its optimizer.
+
+A checkpoint is complete only once its marker file exists; the marker also holds the run's state.
+"""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from megatron_nft.policy.step import Policy
+
+MARKER = "complete.json"
+# Optimizer state by parameter, not by rank: it can be loaded at another TP, PP or DP.
+METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands, between two rollouts."""
+
+    rollout: int = 0  # rollouts finished
+    step: int = 0  # optimizer steps taken
+    position: int = 0  # questions taken from the data
+    finished: bool = False  # nothing is left to do
+
+
+def save(directory: Path, policy: Policy, state: RunState, keep: int) -> None:
+    """Write `directory/rollout_N`, mark it complete, and drop all but the newest `keep`.
+
+    Collective.
+    """
+    path = directory / f"rollout_{state.rollout}"
+    if dist.get_rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(policy), str(path), content_metadata=METADATA)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        temporary = path / (MARKER + ".partial")
+        temporary.write_text(json.dumps(asdict(state)))
+        temporary.rename(path / MARKER)
+        for old in _complete(directory)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest(directory: Path) -> tuple[Path, RunState] | None:
+    """The newest complete checkpoint and the run's state there; None where there is none."""
+    if not (complete := _complete(directory)):
+        return None
+    state = json.loads((complete[-1] / MARKER).read_text())
+    return complete[-1], RunState(**state)
+
+
+def load(path: Path, policy: Policy) -> None:
+    """Restore the policy's weights and its optimizer; collective."""
+    _create_adam_state(policy)
+    wanted = _sharded_state(policy, is_loading=True)
+    loaded = dist_checkpointing.load(wanted, str(path))
+    policy.model.load_state_dict(loaded["model"])
+    policy.optimizer.load_state_dict(loaded["optimizer"])
+    _separate_adam_steps(policy)
+
+
+def _complete(directory: Path) -> list[Path]:
+    """The complete checkpoints, oldest first."""
+    found = [marker.parent for marker in directory.glob(f"rollout_*/{MARKER}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("rollout_")))
+
+
+def _sharded_state(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
+    model = policy.model.sharded_state_dict()
+    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _torch_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
+    chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
+    return [optimizer.optimizer for optimizer in chained]
+
+
+def _create_adam_state(policy: Policy) -> None:
+    """A fresh torch Adam has no moments yet, so that there would be nothing to load them into."""
+    for optimizer in _torch_optimizers(policy):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if not optimizer.state[parameter]:
+                    optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
+
+
+def _separate_adam_steps(policy: Policy) -> None:
+    """Megatron hands all parameters the same `step` tensor, which torch's Adam counts up in place.
+
+    Shared, it would count once per parameter, and the resumed run would silently diverge.
+    """
+    for optimizer in _torch_optimizers(policy):
+        for state in optimizer.state.values():
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()

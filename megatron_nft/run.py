@@ -1,0 +1,216 @@
+"""What a training run holds in each process: data, policy, engine, verifier, directory."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch.distributed as dist
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from checkpoints_conversion import megatron_to_hf
+from checkpoints_conversion.stream import stream
+from megatron_nft import recipe
+from megatron_nft.config import Config
+from megatron_nft.evaluate import evaluate
+from megatron_nft.metrics import MetricsLog, PhaseTimer
+from megatron_nft.policy import checkpoint
+from megatron_nft.policy.architecture import read_hf_config
+from megatron_nft.policy.checkpoint import RunState
+from megatron_nft.policy.step import Policy
+from megatron_nft.problems import load_problems
+from megatron_nft.rollout.collect import QuestionOrder, Tally, ask, collect
+from megatron_nft.rollout.colocated import ColocatedEngine, Sampling
+from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
+from megatron_nft.verify.pool import Verifier
+
+logger = logging.getLogger("megatron_nft")
+
+
+class Run:
+    """A run from where it stands in its directory; a context manager that ends its processes."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.directory = Path(config.run_dir)
+        self._exit = ExitStack()
+        self.timer = PhaseTimer()
+        self.is_main = dist.get_rank() == 0
+        path = Path(config.model.path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.verifier = self._exit.enter_context(Verifier(config.verify))
+        self.order = QuestionOrder(self._problems(), config.seed)
+        self.eval_sets = [
+            (s.name or Path(s.path).stem, self._load(s), s.samples) for s in config.evaluate.sets
+        ]
+        hf_config = read_hf_config(path)
+        self.policy = Policy(config, hf_config)
+        self.state = self._resume()
+        self.engine = self._start_engine() if self._samples or self.eval_sets else None
+        if self.engine:
+            self.hand_over_weights()
+        self._start_log()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._exit.__exit__(kind, error, traceback)
+
+    @property
+    def _samples(self) -> bool:
+        return self.config.objective.name != "sft"
+
+    @property
+    def evaluates(self) -> bool:
+        return bool(self.eval_sets) and self.config.evaluate.every > 0
+
+    # data
+
+    def _problems(self) -> list[Problem]:
+        return [problem for source in self.config.data.train for problem in self._load(source)]
+
+    def _load(self, source: Any) -> list[Problem]:
+        loaded = load_problems(source, self.config.data, self.tokenizer)
+        if loaded.num_skipped and self.is_main:
+            logger.warning("%s: skipped %s", source.path, loaded.skipped_reasons)
+        return loaded.problems
+
+    def collect(self) -> tuple[list[Group], Tally]:
+        """The groups of one rollout: sampled and judged, or the data's solutions for sft."""
+        options = self.config.rollout
+        if not self._samples:
+            return _solutions(self.order.take(options.questions))
+        groups, tally = collect(self._ask, self.order.take, options)
+        self._check_verifier(tally)
+        return groups, tally
+
+    def _ask(self, problems: Sequence[Problem], attempt: int) -> tuple[list[Group], Tally]:
+        options = self.config.rollout
+        sampling = Sampling(
+            answers=options.answers,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_tokens=options.max_response_tokens,
+            seed=_mix(self.config.seed, self.state.rollout, attempt),
+        )
+        return ask(self.engine, self.verifier, problems, sampling)
+
+    def _check_verifier(self, tally: Tally) -> None:
+        rate = tally.metrics()["unverifiable_rate"]
+        if rate > self.config.verify.max_unverifiable_rate:
+            raise RuntimeError(
+                f"{rate:.1%} of the answers could not be judged; verify.max_unverifiable_rate is "
+                f"{self.config.verify.max_unverifiable_rate:.1%}"
+            )
+
+    # engine
+
+    def _start_engine(self) -> ColocatedEngine:
+        config = self.config
+        return ColocatedEngine(
+            Path(config.model.path),
+            self.tokenizer,
+            config.rollout,
+            dtype=config.model.dtype,
+            max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            seed=config.seed,
+        )
+
+    def hand_over_weights(self) -> None:
+        """Stream the policy's weights into the engine; collective."""
+        if self.engine:
+            weights = stream(self.policy.model, self.policy.hf_config)
+            self.engine.load_weights(weights, version=self.policy.num_updates)
+
+    def evaluate(self) -> dict[str, float]:
+        return evaluate(self.engine, self.verifier, self.eval_sets, self.config)
+
+    # directory
+
+    def _resume(self) -> RunState:
+        found = checkpoint.latest(self.directory / "checkpoints")
+        if found is None:
+            return RunState()
+        path, state = found
+        checkpoint.load(path, self.policy)
+        self.policy.num_updates = state.step
+        self.order.position = state.position
+        if self.is_main:
+            logger.warning("resuming from %s", path)
+        return state
+
+    def _start_log(self) -> None:
+        self._log = None
+        self._bar = tqdm(
+            total=self.config.rollouts,
+            initial=self.state.rollout,
+            desc=self.config.objective.name,
+            unit="rollout",
+            disable=not self.is_main,
+            dynamic_ncols=True,
+        )
+        self._exit.callback(self._bar.close)
+        if self.is_main:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            recipe.save(self.config, self.directory / "config.yaml")
+            last = self.state.step if self.state.rollout else -1
+            self._log = MetricsLog(self.directory, self.config.logging, last)
+            self._exit.enter_context(self._log)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a step's record to the run's metrics, and show how it goes."""
+        if not self._log:
+            return
+        self._log.write(record)
+        shown = {k: v for k, v in record.items() if k == "accuracy_all" or k.endswith("/accuracy")}
+        self._bar.set_postfix({k: f"{v:.1%}" for k, v in shown.items()}, refresh=False)
+        self._bar.update(record["rollout"] - self._bar.n)
+
+    def is_due(self, every: int, state: RunState) -> bool:
+        """True every `every` rollouts and after the last one; never where it is 0."""
+        return every > 0 and (state.rollout % every == 0 or state.rollout == self.config.rollouts)
+
+    def is_finished(self, state: RunState, record: dict[str, Any]) -> bool:
+        """True after the last rollout, or once the evaluation is good enough."""
+        enough = self.config.evaluate.stop_at_accuracy
+        reached = [record[key] for key in record if key.endswith("/accuracy")]
+        return state.rollout >= self.config.rollouts or bool(
+            enough and reached and np.mean(reached) >= enough
+        )
+
+    def save(self) -> None:
+        checkpoint.save(
+            self.directory / "checkpoints", self.policy, self.state, self.config.checkpoint.keep
+        )
+
+    def export(self) -> None:
+        """Leave the policy as a Hugging Face directory, `hf`, in the run's directory."""
+        source, out = Path(self.config.model.path), self.directory / "hf"
+        megatron_to_hf.export(self.policy.model, self.policy.hf_config, source, out)
+
+
+def _solutions(problems: Sequence[Problem]) -> tuple[list[Group], Tally]:
+    """The data's worked solutions, as groups of one right answer."""
+    groups, tally = [], Tally()
+    for problem in problems:
+        tokens = problem.solution_tokens
+        blank = np.zeros(len(tokens), np.float32)
+        answer = Response(tokens, blank, "stop", text="", verdict=Verdict.CORRECT)
+        groups.append(Group(problem, (answer,), weights_version=0))
+        tally.add(groups[-1])
+    return groups, tally
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,0 +1,58 @@
+"""What one step's arrays come to in the metrics."""
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+
+from megatron_nft.config import ObjectiveConfig
+from megatron_nft.metrics import PhaseTimer, peak_memory_gib
+from megatron_nft.policy.packing import Sequence
+from megatron_nft.rollout.collect import Tally
+from megatron_nft.rollout.groups import Group
+
+QUANTILES = {"ratio_q01": 0.01, "ratio_q50": 0.5, "ratio_q99": 0.99, "ratio_max": 1.0}
+
+
+def step_statistics(
+    measured: dict[str, Any], minibatch: Seq[Sequence], options: ObjectiveConfig
+) -> dict[str, float]:
+    """Loss, gradient norm, entropy, ratio quantiles and clip fraction of one optimizer step.
+
+    NFT clips wrong answers only, so that its clip fraction is that of their tokens.
+    """
+    found = {
+        "loss": measured["loss"],
+        "grad_norm": measured["grad_norm"],
+        "entropy": float(measured["entropy"].mean()),
+    }
+    if "ratio" in measured:
+        quantiles = np.quantile(measured["ratio"], list(QUANTILES.values()))
+        found |= dict(zip(QUANTILES, map(float, quantiles), strict=True))
+    if "clip_fraction" in measured:
+        num_clipped = float(measured["clip_fraction"].sum())
+        can_clip = [len(s.response) for s in minibatch if options.name != "nft" or not s.correct]
+        found["clip_fraction"] = num_clipped / max(1, sum(can_clip))
+    return found
+
+
+def rollout_statistics(
+    groups: Seq[tuple[Group, Seq[Sequence]]], tally: Tally, timer: PhaseTimer
+) -> dict[str, float]:
+    """What the sampled answers were like, and how fast the rollout was trained on."""
+    tokens = sum(len(s.response) for _, sequences in groups for s in sequences)
+    accuracies = [group.accuracy for group, _ in groups]
+    return tally.metrics() | {
+        "accuracy_kept": float(np.mean(accuracies)),
+        "groups_kept_fraction": len(groups) / tally.num_groups,
+        "tokens_sampled": tally.num_tokens,
+        "tokens_trained": tokens,
+        "tokens_per_second": tokens / sum(timer.seconds().values()),
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def drift(sequences: Seq[Sequence], logp: Seq[np.ndarray]) -> dict[str, float]:
+    """|Δlogp| between the trainer and the engine that sampled, over all tokens."""
+    deltas = np.concatenate([np.abs(s.logp - p) for s, p in zip(sequences, logp, strict=True)])
+    return {"logp_delta_mean": float(deltas.mean()), "logp_delta_max": float(deltas.max())}

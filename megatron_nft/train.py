@@ -1,0 +1,138 @@
+"""One training run, as every process runs it: Algorithm 1 of arXiv 2505.18116.
+
+    for each rollout:
+        sample K answers to each question, judge them, keep the groups with right and wrong ones
+        compute the old log-probabilities
+        for each mini-batch of questions: one optimizer step on the objective
+        hand the new weights to the engine; evaluate and save when due
+
+Where we differ from the paper: the loss is a mean over the mini-batch's tokens, not a sum. With
+the objective `sft` the "rollout" is read from the data's worked solutions.
+
+Run as `torchrun … -m megatron_nft.train RECIPE.yaml [key=value …]`, or let `megatron-nft train`
+start the processes.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from megatron_nft import recipe
+from megatron_nft.config import Config
+from megatron_nft.policy import parallel
+from megatron_nft.policy.checkpoint import RunState
+from megatron_nft.policy.packing import Sequence, sequences_of
+from megatron_nft.rollout.groups import Group
+from megatron_nft.run import Run
+from megatron_nft.statistics import drift, rollout_statistics, step_statistics
+
+logger = logging.getLogger("megatron_nft")
+
+
+def train(config: Config) -> None:
+    """Run the recipe to its end, from where it stands in its directory."""
+    with Run(config) as run:
+        if run.state.step == 0 and run.evaluates:
+            run.log({"step": 0, "rollout": 0, **run.evaluate()})
+        while not run.state.finished:
+            one_rollout(run)
+        run.export()
+
+
+def one_rollout(run: Run) -> None:
+    """Sample, judge, update, hand over the weights; evaluate and save when due."""
+    config, timer, state = run.config, run.timer, run.state
+    timer.reset()
+    with timer.phase("rollout"):
+        groups, tally = run.collect()
+    with timer.phase("old_logp"):
+        groups, drifted = with_old_logp(run, groups)
+    step, record_ = state.step, {}
+    for minibatch in minibatches(groups, config):
+        if record_:
+            run.log(record_)
+        step += 1
+        lr = learning_rate(config, step)
+        with timer.phase("update"):
+            measured = run.policy.update(minibatch, lr)
+        record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
+        record_ |= step_statistics(measured, minibatch, config.objective)
+    with timer.phase("weights"):
+        run.hand_over_weights()
+    state = RunState(state.rollout + 1, step, run.order.position)
+    record_ |= rollout_statistics(groups, tally, timer) | drifted
+    if run.is_due(config.evaluate.every, state) and run.evaluates:
+        with timer.phase("evaluate"):
+            record_ |= run.evaluate()
+    run.state = replace(state, finished=run.is_finished(state, record_))
+    if run.is_due(config.checkpoint.every, state) or run.state.finished:
+        with timer.phase("checkpoint"):
+            run.save()
+    run.log(record_ | {f"seconds/{name}": s for name, s in timer.seconds().items()})
+
+
+def with_old_logp(
+    run: Run, groups: list[Group]
+) -> tuple[list[tuple[Group, list[Sequence]]], dict[str, float]]:
+    """The groups as the policy sees them, with its own log-probabilities as the old ones.
+
+    Also how far the sampling engine's log-probabilities are from them.
+    """
+    per_group = [sequences_of([group]) for group in groups]
+    if run.config.objective.name == "sft":  # takes no ratio
+        return list(zip(groups, per_group, strict=True)), {}
+    flat = [sequence for sequences in per_group for sequence in sequences]
+    logp, _ = run.policy.logp(flat)
+    measured = drift(flat, logp)
+    if measured["logp_delta_mean"] > run.config.rollout.drift_warn:
+        logger.warning(
+            "trainer and engine differ by %.4f in the mean log-probability, %.4f at most; "
+            "rollout.drift_warn is %.4f",
+            measured["logp_delta_mean"],
+            measured["logp_delta_max"],
+            run.config.rollout.drift_warn,
+        )
+    fresh = iter(replace(s, old_logp=p) for s, p in zip(flat, logp, strict=True))
+    return [
+        (group, [next(fresh) for _ in sequences])
+        for group, sequences in zip(groups, per_group, strict=True)
+    ], measured
+
+
+def minibatches(
+    groups: list[tuple[Group, list[Sequence]]], config: Config
+) -> Iterator[list[Sequence]]:
+    """Whole groups, `questions_per_minibatch` at a time, once per epoch."""
+    size = config.optimizer.questions_per_minibatch
+    for _ in range(config.optimizer.epochs):
+        for start in range(0, len(groups), size):
+            yield [s for _, sequences in groups[start : start + size] for s in sequences]
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up over `warmup_rollouts`, then constant; `step` counts from 1."""
+    options = config.optimizer
+    per_rollout = config.rollout.questions // options.questions_per_minibatch * options.epochs
+    warmup = options.warmup_rollouts * per_rollout
+    return options.lr * min(1.0, step / warmup) if warmup else options.lr
+
+
+@record
+def main() -> None:
+    """Entry point of every process under torchrun."""
+    config = recipe.load(Path(sys.argv[1]), sys.argv[2:])
+    parallel.initialize(config.parallel, config.seed)
+    try:
+        train(config)
+    finally:
+        if dist.is_initialized():
+            parallel.finalize()
+
+
+if __name__ == "__main__":
+    main()
