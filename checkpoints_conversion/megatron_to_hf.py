@@ -5,14 +5,13 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from checkpoints_conversion.hf_to_megatron import check_weights
+from checkpoints_conversion.hf_files import check_weights
 from checkpoints_conversion.stream import stream
 
 SHARD_BYTES = 5_000_000_000
@@ -85,8 +84,3 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
         shard[name] = tensor.to("cpu", copy=True).contiguous()
         num_bytes += tensor.nbytes
     yield shard
-
-
-def state_dict(model: GPTModel, hf_config: PretrainedConfig) -> dict[str, torch.Tensor]:
-    """All weights under their Hugging Face names, copied to the host; collective."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in stream(model, hf_config)}

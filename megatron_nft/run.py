@@ -13,13 +13,13 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from checkpoints_conversion import megatron_to_hf
+from checkpoints_conversion.hf_files import read_hf_config
 from checkpoints_conversion.stream import stream
 from megatron_nft import recipe
 from megatron_nft.config import Config
 from megatron_nft.evaluate import evaluate
 from megatron_nft.metrics import MetricsLog, PhaseTimer
 from megatron_nft.policy import checkpoint
-from megatron_nft.policy.architecture import read_hf_config
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.step import Policy
 from megatron_nft.problems import load_problems
@@ -50,7 +50,7 @@ class Run:
         hf_config = read_hf_config(path)
         self.policy = Policy(config, hf_config)
         self.state = self._resume()
-        self.engine = self._start_engine() if self._samples or self.eval_sets else None
+        self.engine = self._start_engine() if self.samples or self.eval_sets else None
         if self.engine:
             self.hand_over_weights()
         self._start_log()
@@ -67,12 +67,19 @@ class Run:
         self._exit.__exit__(kind, error, traceback)
 
     @property
-    def _samples(self) -> bool:
+    def samples(self) -> bool:
+        """False where the data's solutions stand in for sampled answers."""
         return self.config.objective.name != "sft"
 
-    @property
-    def evaluates(self) -> bool:
-        return bool(self.eval_sets) and self.config.evaluate.every > 0
+    def evaluates_after(self, state: RunState) -> bool:
+        return bool(self.eval_sets) and self._is_due(self.config.evaluate.every, state)
+
+    def saves_after(self, state: RunState) -> bool:
+        return state.finished or self._is_due(self.config.checkpoint.every, state)
+
+    def _is_due(self, every: int, state: RunState) -> bool:
+        """True every `every` rollouts and after the last one; never where it is 0."""
+        return every > 0 and (state.rollout % every == 0 or state.rollout == self.config.rollouts)
 
     # data
 
@@ -88,7 +95,7 @@ class Run:
     def collect(self) -> tuple[list[Group], Tally]:
         """The groups of one rollout: sampled and judged, or the data's solutions for sft."""
         options = self.config.rollout
-        if not self._samples:
+        if not self.samples:
             return _solutions(self.order.take(options.questions))
         groups, tally = collect(self._ask, self.order.take, options)
         self._check_verifier(tally)
@@ -117,7 +124,7 @@ class Run:
 
     def _start_engine(self) -> ColocatedEngine:
         config = self.config
-        return ColocatedEngine(
+        engine = ColocatedEngine(
             Path(config.model.path),
             self.tokenizer,
             config.rollout,
@@ -125,10 +132,12 @@ class Run:
             max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
             seed=config.seed,
         )
+        self._exit.callback(engine.close)
+        return engine
 
     def hand_over_weights(self) -> None:
-        """Stream the policy's weights into the engine; collective."""
-        if self.engine:
+        """Stream the policy's weights into the engine, unless it has them; collective."""
+        if self.engine and self.engine.weights_version != self.policy.num_updates:
             weights = stream(self.policy.model, self.policy.hf_config)
             self.engine.load_weights(weights, version=self.policy.num_updates)
 
@@ -175,10 +184,6 @@ class Run:
         shown = {k: v for k, v in record.items() if k == "accuracy_all" or k.endswith("/accuracy")}
         self._bar.set_postfix({k: f"{v:.1%}" for k, v in shown.items()}, refresh=False)
         self._bar.update(record["rollout"] - self._bar.n)
-
-    def is_due(self, every: int, state: RunState) -> bool:
-        """True every `every` rollouts and after the last one; never where it is 0."""
-        return every > 0 and (state.rollout % every == 0 or state.rollout == self.config.rollouts)
 
     def is_finished(self, state: RunState, record: dict[str, Any]) -> bool:
         """True after the last rollout, or once the evaluation is good enough."""

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_nft import recipe
@@ -37,7 +36,7 @@ logger = logging.getLogger("megatron_nft")
 def train(config: Config) -> None:
     """Run the recipe to its end, from where it stands in its directory."""
     with Run(config) as run:
-        if run.state.step == 0 and run.evaluates:
+        if run.state.step == 0 and run.eval_sets:
             run.log({"step": 0, "rollout": 0, **run.evaluate()})
         while not run.state.finished:
             one_rollout(run)
@@ -62,15 +61,16 @@ def one_rollout(run: Run) -> None:
             measured = run.policy.update(minibatch, lr)
         record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
         record_ |= step_statistics(measured, minibatch, config.objective)
-    with timer.phase("weights"):
-        run.hand_over_weights()
     state = RunState(state.rollout + 1, step, run.order.position)
     record_ |= rollout_statistics(groups, tally, timer) | drifted
-    if run.is_due(config.evaluate.every, state) and run.evaluates:
+    if run.samples or run.evaluates_after(state):
+        with timer.phase("weights"):
+            run.hand_over_weights()
+    if run.evaluates_after(state):
         with timer.phase("evaluate"):
             record_ |= run.evaluate()
     run.state = replace(state, finished=run.is_finished(state, record_))
-    if run.is_due(config.checkpoint.every, state) or run.state.finished:
+    if run.saves_after(run.state):
         with timer.phase("checkpoint"):
             run.save()
     run.log(record_ | {f"seconds/{name}": s for name, s in timer.seconds().items()})
@@ -123,16 +123,15 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 @record
-def main() -> None:
-    """Entry point of every process under torchrun."""
-    config = recipe.load(Path(sys.argv[1]), sys.argv[2:])
+def run_process(path: Path, overrides: list[str]) -> None:
+    """What every process under torchrun does."""
+    config = recipe.load(path, overrides)
     parallel.initialize(config.parallel, config.seed)
     try:
         train(config)
     finally:
-        if dist.is_initialized():
-            parallel.finalize()
+        parallel.finalize()
 
 
 if __name__ == "__main__":
-    main()
+    run_process(Path(sys.argv[1]), sys.argv[2:])

@@ -26,9 +26,9 @@ def _sample_after_updates(path: Path, tensor: int, num_updates: int) -> list[dic
     """Change the policy, hand it over, sample; as often as asked."""
     from transformers import AutoTokenizer
 
+    from checkpoints_conversion.hf_files import read_hf_config
     from checkpoints_conversion.stream import stream
     from megatron_nft.policy import parallel
-    from megatron_nft.policy.architecture import read_hf_config
     from megatron_nft.policy.packing import Sequence
     from megatron_nft.policy.step import Policy
     from megatron_nft.rollout.colocated import ColocatedEngine, Sampling

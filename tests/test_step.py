@@ -1,6 +1,5 @@
 """One whole optimizer step against plain PyTorch and the Hugging Face model."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +36,9 @@ def _ours(
     path: Path, sequences: list[Sequence], layouts: list[int], objectives: list[ObjectiveConfig]
 ) -> list[dict]:
     """Loss, gradient norm, weights and log-probabilities for each layout and objective."""
+    from checkpoints_conversion.hf_files import read_hf_config
     from checkpoints_conversion.stream import stream
     from megatron_nft.policy import parallel
-    from megatron_nft.policy.architecture import read_hf_config
     from megatron_nft.policy.step import Policy
 
     results = []

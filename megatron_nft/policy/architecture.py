@@ -1,7 +1,5 @@
 """From a Hugging Face configuration to a Megatron-Core GPTModel."""
 
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -13,62 +11,13 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from megatron_nft.config import ModelConfig, ParallelConfig
 from megatron_nft.policy import host
 from megatron_nft.policy.attention import PackedAttention
 
-ARCHITECTURES = ("Qwen2ForCausalLM",)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def read_hf_config(path: Path) -> PretrainedConfig:
-    """The model directory's configuration.
-
-    Raises:
-        ValueError: no config.json there, or an architecture that has no family table.
-    """
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model.path: {path} has no config.json; give the directory of a Hugging Face model"
-        )
-    hf_config = AutoConfig.from_pretrained(path)
-    architecture = (hf_config.architectures or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"model.path: {path} is a {architecture}; supported: {', '.join(ARCHITECTURES)}"
-        )
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ValueError(f"model.path: {path} uses sliding-window attention, which is unsupported")
-    return hf_config
-
-
-def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, num_ranks: int) -> None:
-    """Refuse a parallel layout that this model cannot have.
-
-    Raises:
-        ValueError: the rule that is broken, with the numbers.
-    """
-    if parallel.pipeline != 1 or parallel.context != 1:
-        raise ValueError(
-            f"parallel.pipeline={parallel.pipeline}, parallel.context={parallel.context}: "
-            "this version runs tensor and data parallelism; set both to 1"
-        )
-    sizes = {
-        "attention heads": hf_config.num_attention_heads,
-        "key-value heads": hf_config.num_key_value_heads,
-        "intermediate size": hf_config.intermediate_size,
-    }
-    for what, size in sizes.items():
-        if size % parallel.tensor:
-            raise ValueError(
-                f"parallel.tensor={parallel.tensor} does not divide the model's {size} {what}"
-            )
-    if num_ranks % parallel.tensor:
-        raise ValueError(
-            f"parallel.tensor={parallel.tensor} does not divide the {num_ranks} processes"
-        )
 
 
 def transformer_config(

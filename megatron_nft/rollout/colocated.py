@@ -95,6 +95,10 @@ class ColocatedEngine:
             self._llm.reset_prefix_cache()
         self.weights_version = version
 
+    def close(self) -> None:
+        """End the engine while the process groups that it made still exist."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def _params(self, sampling: Sampling, number: int, num_prompt_tokens: int) -> Any:
         from vllm import SamplingParams
 

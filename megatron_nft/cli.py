@@ -1,0 +1,98 @@
+"""The command line: `megatron-nft demo|train|report`."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_nft import __version__
+
+DESCRIPTION = """\
+Negative-aware Fine-Tuning (NFT, arXiv 2505.18116): a language model learns from its own
+verified answers, right and wrong."""
+
+
+def main() -> None:
+    """Run one command; a mistake of the user's is one line and exit code 2."""
+    arguments = _parser().parse_args()
+    try:
+        sys.exit(arguments.run(arguments))
+    except ValueError as error:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            raise  # torchrun reports what its processes raise
+        sys.exit(_complain(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="megatron-nft", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"megatron-nft {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="the whole thing in minutes on two CPU cores",
+        description="Teach a tiny Qwen2 sums: cold start, then NFT on its own verified answers.",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where everything is written; started again, it resumes (default: %(default)s)",
+    )
+    demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    demo.set_defaults(run=_demo)
+
+    train = commands.add_parser(
+        "train",
+        help="run a recipe, or go on with it where it was interrupted",
+        description="Run a recipe. Starts its own processes unless torchrun has already; started "
+        "again in the same run directory, it resumes.",
+        epilog="example: megatron-nft train recipe.yaml run_dir=runs/a optimizer.lr=2e-6",
+    )
+    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    train.set_defaults(run=_train)
+
+    report = commands.add_parser(
+        "report",
+        help="draw a run's curves",
+        description="Draw a run's accuracy, entropy, lengths, drift and time as one picture.",
+    )
+    report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    report.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN_DIR/report.png")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from megatron_nft.demo import demo
+
+    return demo(arguments.out, arguments.seed)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    if "LOCAL_RANK" in os.environ:  # under torchrun
+        from megatron_nft.train import run_process
+
+        run_process(arguments.recipe, arguments.overrides)
+        return 0
+    from megatron_nft.processes import run
+
+    return run(arguments.recipe, arguments.overrides)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from megatron_nft.report import draw
+
+    if not (arguments.run_dir / "metrics.jsonl").is_file():
+        raise ValueError(f"{arguments.run_dir} holds no metrics.jsonl; give a run's directory")
+    print(draw(arguments.run_dir, arguments.out))
+    return 0
+
+
+def _complain(message: str) -> int:
+    print(f"megatron-nft: error: {message}", file=sys.stderr)
+    return 2

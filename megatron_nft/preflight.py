@@ -1,0 +1,82 @@
+"""What can be known to be wrong before anything expensive starts."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PretrainedConfig
+
+from checkpoints_conversion.hf_files import check_weights, read_hf_config
+from megatron_nft import recipe
+from megatron_nft.config import Config, SourceConfig
+from megatron_nft.policy.layout import check_layout
+from megatron_nft.problems import load_problems
+
+# what may change between two starts of one run: when to look and when to stop, not what is learned
+CHANGEABLE = ("run_dir", "rollouts", "evaluate.", "checkpoint.", "logging.", "verify.")
+
+
+def check(config: Config, num_processes: int) -> None:
+    """Look at everything that the recipe names.
+
+    Raises:
+        ValueError: a model, a layout, a data file or a run directory that cannot be used.
+    """
+    check_run_directory(config)
+    path = Path(config.model.path)
+    hf_config = read_hf_config(path)
+    check_layout(hf_config, config.parallel, num_processes)
+    check_lengths(config, hf_config)
+    check_weights(path, hf_config)
+    tokenizer = load_tokenizer(path)
+    for source in config.data.train:
+        check_source(source, config, tokenizer)
+    for source in config.evaluate.sets:
+        load_problems(source, config.data, tokenizer)
+
+
+def check_run_directory(config: Config) -> None:
+    """Refuse to go on in a directory that another recipe began."""
+    saved = Path(config.run_dir) / "config.yaml"
+    if not saved.is_file():
+        return
+    changed = [
+        key
+        for key in recipe.differences(recipe.load(saved), config)
+        if not key.startswith(CHANGEABLE)
+    ]
+    if changed:
+        raise ValueError(
+            f"run_dir: {config.run_dir} belongs to a run with other values of {', '.join(changed)};"
+            " give another run_dir, or the values that it was begun with"
+        )
+
+
+def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
+    """Prompt and response must fit into the positions that the model was made for."""
+    needed = config.data.max_prompt_tokens + config.rollout.max_response_tokens
+    if needed > hf_config.max_position_embeddings:
+        raise ValueError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {needed}, but the model has "
+            f"max_position_embeddings = {hf_config.max_position_embeddings}"
+        )
+
+
+def load_tokenizer(path: Path) -> object:
+    """The model directory's tokenizer; ValueError where it has none that can be loaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"model.path: {path} has no tokenizer that loads: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model.path: the tokenizer in {path} has no end-of-text token")
+    return tokenizer
+
+
+def check_source(source: SourceConfig, config: Config, tokenizer: object) -> None:
+    """Read a training file as the run will; solutions are needed for supervised fine-tuning."""
+    problems = load_problems(source, config.data, tokenizer).problems
+    without = sum(problem.solution_tokens is None for problem in problems)
+    if config.objective.name == "sft" and without:
+        raise ValueError(
+            f"{source.path}: {without} of {len(problems)} rows have no worked solution, which "
+            "objective.name=sft needs; name its column with `solution:`"
+        )

@@ -1,0 +1,49 @@
+"""Start a run's processes on this machine, once everything that can be checked is right."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_nft import recipe
+from megatron_nft.config import Config
+from megatron_nft.preflight import check
+
+# what Megatron-Core and vLLM say at every import, on hosts that lack optional parts
+QUIET = {"PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"}
+
+
+def run(path: Path, overrides: Sequence[str]) -> int:
+    """Check the recipe and what it names, then run it under torchrun; its exit code.
+
+    Raises:
+        ValueError: see recipe.load and preflight.check.
+    """
+    config = recipe.load(path, overrides)
+    num_processes = num_processes_of(config)
+    check(config, num_processes)
+    logs = Path(config.run_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(num_processes), "--log-dir", str(logs)]
+    if num_processes > 1:  # only one process speaks on the terminal; the others into files
+        others = ",".join(f"{rank}:3" for rank in range(1, num_processes))
+        command += ["--redirects", others]
+    command += ["-m", "megatron_nft", "train", str(path), *overrides]
+    # one thread each, unless the user says otherwise: what torchrun would do, without its notice
+    environment = QUIET | {"OMP_NUM_THREADS": "1"} | os.environ
+    return subprocess.run(command, env=environment).returncode
+
+
+def num_processes_of(config: Config) -> int:
+    """As many processes as the recipe says; else one a GPU, or the least that the layout needs."""
+    parallel = config.parallel
+    least = parallel.tensor * parallel.pipeline * parallel.context
+    return parallel.num_processes or max(least, _num_gpus() // least * least)
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
