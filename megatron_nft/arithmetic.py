@@ -3,7 +3,7 @@ r"""The demo's task: sums of two numbers, worked column by column, for a model o
     347+285=   ->   7+5=12,4+8+1=13,3+2+1=6,\boxed{632}
 
 Both operands have the same number of digits, 2 to 4. Columns are worked from the right; a third
-summand of 1 is the carry.
+summand is the carry.
 
 The cold start imitates a pupil who knows how but is careless: in `demonstrations.jsonl` any column
 may be off by one, and the work goes on from there. The model learns to slip as often, at random:
@@ -38,13 +38,13 @@ def work_out(a: int, b: int, slips: Callable[[], int] = lambda: 0) -> str:
     carry, steps, digits = 0, [], ""
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         column = abs(int(x) + int(y) + carry + slips())
-        steps.append(f"{x}+{y}{'+1' if carry else ''}={column}")
+        steps.append(f"{x}+{y}{f'+{carry}' if carry else ''}={column}")
         carry, digits = column // 10, f"{column % 10}{digits}"
     return f"{','.join(steps)},{BOX}{int(f'{carry}{digits}')}}}"
 
 
 def write_problems(
-    directory: Path, seed: int, num_train: int = 20_000, num_heldout: int = 128
+    directory: Path, seed: int, num_train: int = 9_000, num_heldout: int = 128
 ) -> None:
     """Writes train.jsonl, demonstrations.jsonl and heldout.jsonl; the seed alone decides on them.
 

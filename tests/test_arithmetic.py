@@ -69,6 +69,7 @@ def test_a_slip_carries_on_into_the_answer() -> None:
     assert arithmetic.work_out(347, 283, lambda: next(slips)) == (
         r"7+3=9,4+8=12,3+2+1=7,\boxed{729}"
     )
+    assert arithmetic.work_out(99, 99, lambda: 2) == r"9+9=20,9+9+2=22,\boxed{220}"
 
 
 def test_demonstrations_are_the_train_problems_worked_with_slips_of_one(directory: Path) -> None:
