@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 NUM_DIGITS = (2, 3, 4)
-SLIP_RATE = 0.2  # of the columns in the demonstrations
+SLIP_RATE = 0.15  # of the columns in the demonstrations
 MAX_PROMPT_TOKENS = 10  # 1234+5678=
 MAX_RESPONSE_TOKENS = 42  # four columns with carries, the box, the end of text
 

@@ -90,7 +90,7 @@ def test_demonstrations_are_the_train_problems_worked_with_slips_of_one(director
         verdicts.append(judge(shown["solution"], shown["answer"]) is Verdict.CORRECT)
     assert set(errors) == {0, 1}
     assert sum(errors) / len(errors) == pytest.approx(arithmetic.SLIP_RATE, abs=0.02)
-    assert 0.3 < sum(verdicts) / len(verdicts) < 0.6
+    assert 0.5 < sum(verdicts) / len(verdicts) < 0.7
 
 
 def test_train_and_heldout_share_no_problem_in_either_order(directory: Path) -> None:
