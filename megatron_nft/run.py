@@ -18,6 +18,7 @@ from checkpoints_conversion.stream import stream
 from megatron_nft import recipe
 from megatron_nft.config import Config
 from megatron_nft.evaluate import evaluate
+from megatron_nft.export_check import check_export
 from megatron_nft.metrics import MetricsLog, PhaseTimer
 from megatron_nft.policy import checkpoint
 from megatron_nft.policy.checkpoint import RunState
@@ -43,7 +44,8 @@ class Run:
         path = Path(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.verifier = self._exit.enter_context(Verifier(config.verify))
-        self.order = QuestionOrder(self._problems(), config.seed)
+        self.problems = [p for source in config.data.train for p in self._load(source)]
+        self.order = QuestionOrder(self.problems, config.seed)
         self.eval_sets = [
             (s.name or Path(s.path).stem, self._load(s), s.samples) for s in config.evaluate.sets
         ]
@@ -82,9 +84,6 @@ class Run:
         return every > 0 and (state.rollout % every == 0 or state.rollout == self.config.rollouts)
 
     # data
-
-    def _problems(self) -> list[Problem]:
-        return [problem for source in self.config.data.train for problem in self._load(source)]
 
     def _load(self, source: Any) -> list[Problem]:
         loaded = load_problems(source, self.config.data, self.tokenizer)
@@ -199,9 +198,13 @@ class Run:
         )
 
     def export(self) -> None:
-        """Leave the policy as a Hugging Face directory, `hf`, in the run's directory."""
+        """Leave the policy as a Hugging Face directory, `hf`; collective."""
         source, out = Path(self.config.model.path), self.directory / "hf"
         megatron_to_hf.export(self.policy.model, self.policy.hf_config, source, out)
+        if self.config.checkpoint.check_export:
+            largest = check_export(self.policy, out, self.problems)
+            if self.is_main:
+                tqdm.write(f"transformers agrees with the policy: max |Δlogp| {largest:.1e}")
 
 
 def _solutions(problems: Sequence[Problem]) -> tuple[list[Group], Tally]:

@@ -6,6 +6,7 @@ Megatron-Core names "cuda" in many factory calls. On a machine that has no CUDA 
 
 import contextlib
 import os
+import queue
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -36,6 +37,7 @@ def prepare() -> None:
         return
     _disarm_cuda_calls()
     _share_cpu_generator()
+    _report_writes_in_process()
     _mode = _CpuForCuda()
     _mode.__enter__()  # for the life of the process
 
@@ -62,6 +64,17 @@ def vllm_environment(kv_cache_gib: int) -> Mapping[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         }
     return environment
+
+
+def vllm_options(max_tokens: int) -> Mapping[str, Any]:
+    """Engine arguments that vLLM's CPU build needs.
+
+    When a prompt is prefilled in parts, vLLM rewinds the request's own random generator, and a CPU
+    generator cannot be rewound. So prompts are prefilled whole.
+    """
+    if has_cuda():
+        return {}
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_tokens, 8192)}
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:
@@ -143,3 +156,14 @@ def _share_cpu_generator() -> None:
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+
+
+def _report_writes_in_process() -> None:
+    """Spare the first save the seconds that Megatron's manager process takes to import torch.
+
+    Its checkpoint writer reports through a queue of that process, for writers that are processes
+    themselves. A synchronous save writes in threads, and a queue of this process will do.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

@@ -60,6 +60,7 @@ class ColocatedEngine:
             logprobs_mode="processed_logprobs",  # of the distribution that is sampled from
             skip_tokenizer_init=True,
             enforce_eager=not host.has_cuda(),
+            **host.vllm_options(max_tokens),
             enable_prefix_caching=True,
             disable_log_stats=True,
             seed=seed,
