@@ -295,7 +295,7 @@ def _by_rollout(
 
 
 def _num_rollouts(records: Sequence[Record]) -> int:
-    return len({r["rollout"] for r in records if r.get("rollout") is not None})
+    return len({r["rollout"] for r in records if r.get("rollout")})  # 0 is before the first
 
 
 def _apart(values: Floats, gap: float) -> Floats:

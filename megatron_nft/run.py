@@ -91,11 +91,11 @@ class Run:
             logger.warning("%s: skipped %s", source.path, loaded.skipped_reasons)
         return loaded.problems
 
-    def collect(self) -> tuple[list[Group], Tally]:
-        """The groups of one rollout: sampled and judged, or the data's solutions for sft."""
+    def collect(self) -> tuple[list[Group], Tally | None]:
+        """The groups of one rollout: sampled, judged and counted, or the data's solutions."""
         options = self.config.rollout
         if not self.samples:
-            return _solutions(self.order.take(options.questions))
+            return [_solution(p) for p in self.order.take(options.questions)], None
         groups, tally = collect(self._ask, self.order.take, options)
         self._check_verifier(tally)
         return groups, tally
@@ -207,16 +207,12 @@ class Run:
                 tqdm.write(f"transformers agrees with the policy: max |Δlogp| {largest:.1e}")
 
 
-def _solutions(problems: Sequence[Problem]) -> tuple[list[Group], Tally]:
-    """The data's worked solutions, as groups of one right answer."""
-    groups, tally = [], Tally()
-    for problem in problems:
-        tokens = problem.solution_tokens
-        blank = np.zeros(len(tokens), np.float32)
-        answer = Response(tokens, blank, "stop", text="", verdict=Verdict.CORRECT)
-        groups.append(Group(problem, (answer,), weights_version=0))
-        tally.add(groups[-1])
-    return groups, tally
+def _solution(problem: Problem) -> Group:
+    """The data's worked solution, as a group of one right answer."""
+    tokens = problem.solution_tokens
+    blank = np.zeros(len(tokens), np.float32)
+    answer = Response(tokens, blank, "stop", text="", verdict=Verdict.CORRECT)
+    return Group(problem, (answer,), weights_version=0)
 
 
 def _mix(*numbers: int) -> int:

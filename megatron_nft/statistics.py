@@ -37,19 +37,26 @@ def step_statistics(
 
 
 def rollout_statistics(
-    groups: Seq[tuple[Group, Seq[Sequence]]], tally: Tally, timer: PhaseTimer
+    groups: Seq[tuple[Group, Seq[Sequence]]], tally: Tally | None, timer: PhaseTimer
 ) -> dict[str, float]:
-    """What the sampled answers were like, and how fast the rollout was trained on."""
+    """How fast a rollout was trained on, and what its answers were like if they were sampled."""
     tokens = sum(len(s.response) for _, sequences in groups for s in sequences)
-    accuracies = [group.accuracy for group, _ in groups]
-    return tally.metrics() | {
-        "accuracy_kept": float(np.mean(accuracies)),
-        "groups_kept_fraction": len(groups) / tally.num_groups,
-        "tokens_sampled": tally.num_tokens,
+    found = {
         "tokens_trained": tokens,
         "tokens_per_second": tokens / sum(timer.seconds().values()),
         "peak_memory_gib": peak_memory_gib(),
     }
+    if tally is None:
+        return found
+    accuracies = [group.accuracy for group, _ in groups]
+    return (
+        found
+        | tally.metrics()
+        | {
+            "tokens_sampled": tally.num_tokens,
+            "accuracy_kept": float(np.mean(accuracies)),
+        }
+    )
 
 
 def drift(sequences: Seq[Sequence], logp: Seq[np.ndarray]) -> dict[str, float]:

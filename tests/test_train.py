@@ -3,31 +3,51 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from toys import train_tokenizer
 
 from megatron_nft import arithmetic
+from megatron_nft.config import DataConfig, SourceConfig
 from megatron_nft.metrics import read_metrics
+from megatron_nft.problems import load_problems
 
-RECIPE = """
-rollouts: 2
-model: {{path: {root}/model, dtype: float32}}
-parallel: {{tensor: 2}}
-data: {{train: [{{path: {root}/data/train.jsonl}}], template: raw, max_prompt_tokens: 10}}
-rollout: {{questions: 4, questions_asked: 8, answers: 4, max_response_tokens: 42}}
-optimizer: {{lr: 1.0e-3, warmup_rollouts: 1, questions_per_minibatch: 2, tokens_per_microbatch: 512}}
-evaluate: {{sets: [{{path: {root}/data/heldout.jsonl, samples: 2}}], every: 1, top_p: 1.0}}
-checkpoint: {{every: 1}}
-"""
+pytestmark = pytest.mark.processes
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOLATILE = ("seconds/", "tokens_per_second", "peak_memory")
+COLD_START = """
+run_dir: {root}/cold
+rollouts: 60
+model: {{path: {root}/model, dtype: float32}}
+parallel: {{tensor: {tensor}}}
+data: {{train: [{{path: {root}/cold.jsonl}}], template: {template}, max_prompt_tokens: 500}}
+objective: {{name: sft}}
+rollout: {{questions: 32, max_response_tokens: 12}}
+optimizer: {{lr: 2.0e-3, warmup_rollouts: 5, questions_per_minibatch: 32}}
+checkpoint: {{every: 0}}
+"""
+RECIPE = """
+run_dir: {root}/nft
+rollouts: 4
+model: {{path: {root}/cold/hf, dtype: float32}}
+parallel: {{tensor: 2}}
+data: {{train: [{{path: {root}/cold.jsonl}}], template: raw, max_prompt_tokens: 8}}
+rollout: {{questions: 8, questions_asked: 24, answers: 8, max_response_tokens: 12}}
+optimizer: {{lr: 1.0e-3, warmup_rollouts: 1, questions_per_minibatch: 4, tokens_per_microbatch: 99}}
+evaluate: {{sets: [{{path: {root}/cold.jsonl, name: sums, samples: 2}}], every: 2, top_p: 1.0}}
+checkpoint: {{every: 1, check_export: true}}
+"""
 
 
-def megatron_nft(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would."""
-    command = [sys.executable, "-m", "megatron_nft", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=400)
+def train(recipe: Path, *overrides: str) -> None:
+    """`megatron-nft train`, as a user would."""
+    command = [sys.executable, "-m", "megatron_nft", "train", str(recipe), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def lasting(run_dir: Path) -> list[dict]:
@@ -38,11 +58,106 @@ def lasting(run_dir: Path) -> list[dict]:
     ]
 
 
+def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
+    lines = [
+        json.dumps({"question": q, "answer": a, "solution": f"\\boxed{{{a}}}"}) for q, a in rows
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A random model, its task, and a cold start that solves a few sums."""
-    root = tmp_path_factory.mktemp("train")
-    arithmetic.write_problems(root / "data", seed=0, num_train=4000, num_heldout=16)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that has seen one-digit sums for a while, and the recipe to go on."""
+    root = tmp_path_factory.mktemp("sums")
+    write_rows(
+        root / "cold.jsonl", [(f"{a}+{b}=", str(a + b)) for a, b in product(range(10), repeat=2)]
+    )
     arithmetic.make_model(root / "model", seed=0)
+    (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=2, template="raw"))
     (root / "recipe.yaml").write_text(RECIPE.format(root=root))
+    train(root / "cold.yaml")
+    train(root / "recipe.yaml")
     return root
+
+
+def test_metrics_hold_what_a_step_is_judged_by(root: Path) -> None:
+    records = read_metrics(root / "nft")
+    assert [r["step"] for r in records] == list(range(9))  # evaluation first, then 2 a rollout
+    every_step = {"rollout", "loss", "grad_norm", "lr", "entropy", "clip_fraction"}
+    every_step |= {"ratio_q01", "ratio_q50", "ratio_q99"}
+    every_rollout = {"accuracy_all", "accuracy_kept", "groups_kept_fraction", "unverifiable_rate"}
+    every_rollout |= {"response_length_mean", "truncated_fraction", "logp_delta_mean"}
+    every_rollout |= {"logp_delta_max", "tokens_per_second", "peak_memory_gib", "seconds/update"}
+    for record in records[1:]:
+        assert every_step <= record.keys()
+    for record in records[2::2]:
+        assert every_rollout <= record.keys()
+        assert record["logp_delta_max"] <= 1e-4  # the engine holds the trainer's weights
+        assert 0 < record["accuracy_kept"] < 1
+    first, second = records[1], records[2]
+    assert first["ratio_q01"] == pytest.approx(1, abs=1e-5)  # on-policy
+    assert second["ratio_q99"] > 1.0001  # no longer
+    assert (root / "nft" / "tensorboard").is_dir()
+
+
+def test_a_resumed_run_is_the_run_it_continues(root: Path) -> None:
+    run_dir = root / "interrupted"
+    train(root / "recipe.yaml", f"run_dir={run_dir}", "rollouts=2")
+    assert not (run_dir / "checkpoints" / "rollout_3").exists()
+    train(root / "recipe.yaml", f"run_dir={run_dir}")
+    assert lasting(run_dir) == lasting(root / "nft")
+    resumed = load_file(run_dir / "hf" / "model.safetensors")
+    for name, tensor in load_file(root / "nft" / "hf" / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, resumed[name], err_msg=name)
+
+
+def test_data_parallel_ranks_train_as_tensor_parallel_ones_do(root: Path) -> None:
+    run_dir = root / "dp"
+    overrides = ["parallel.tensor=1", "parallel.num_processes=2", "rollouts=1"]
+    train(root / "recipe.yaml", f"run_dir={run_dir}", *overrides)
+    for ours, theirs in zip(lasting(run_dir)[1:], lasting(root / "nft")[1:3], strict=True):
+        for key in ("loss", "grad_norm", "entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen2 and a tokenizer of the real files' text, cold-started on some answers."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the real data files are not at {SHARED}")
+    root = tmp_path_factory.mktemp("real")
+    text = [json.loads(line) for line in (SHARED / "gsm8k_train.jsonl").open()][:400]
+    rows = [(t["question"], t["answer"].split("####")[1].strip().replace(",", "")) for t in text]
+    tokenizer = train_tokenizer(root / "model", [q for q, _ in rows])
+    raw = DataConfig(template="raw", max_prompt_tokens=4096)
+    source = SourceConfig(path=str(SHARED / "dapo_aime24.parquet"))
+    problems = load_problems(source, raw, tokenizer).problems
+    rows += [(tokenizer.decode(p.prompt_tokens), p.answer) for p in problems] * 12
+    write_rows(root / "cold.jsonl", rows)
+    (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=1, template="raw"))
+    train(root / "cold.yaml", "data.on_long_prompt=skip", "data.deduplicate=false")
+    return root
+
+
+@pytest.mark.parametrize("file", ["gsm8k_train.jsonl", "dapo_aime24.parquet"])
+def test_two_steps_on_real_files(real: Path, file: str) -> None:
+    run_dir = real / file.partition(".")[0]
+    (real / "recipe.yaml").write_text(RECIPE.format(root=real))
+    train(
+        real / "recipe.yaml",
+        f"run_dir={run_dir}",
+        f"data.train[0].path={SHARED / file}",
+        "data.max_prompt_tokens=500",
+        "data.on_long_prompt=skip",
+        "parallel.tensor=1",
+        "rollouts=1",
+        "rollout.questions=4",
+        "rollout.answers=16",
+        "optimizer.questions_per_minibatch=2",
+        "optimizer.tokens_per_microbatch=4096",
+        "evaluate.sets=[]",
+    )
+    steps = read_metrics(run_dir)
+    assert [record["step"] for record in steps] == [1, 2]
+    assert all(record["grad_norm"] > 0 for record in steps)
+    assert steps[-1]["unverifiable_rate"] == 0

@@ -1,6 +1,7 @@
 """Small real models and sequences for the tests."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,3 +67,25 @@ def save_tokenizer(path: Path) -> Path:
     )
     fast.save_pretrained(path)
     return path
+
+
+def train_tokenizer(path: Path, texts: list[str]) -> Any:
+    """A byte-level BPE of the texts and a random Qwen2 with its vocabulary, saved together."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "\\boxed{"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    save_qwen2(path, vocab_size=len(fast), hidden_size=128, max_position_embeddings=1024)
+    fast.save_pretrained(path)
+    return fast

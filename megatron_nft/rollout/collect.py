@@ -38,6 +38,11 @@ class Tally:
         self.num_tokens += other.num_tokens
         self.num_groups += other.num_groups
 
+    @property
+    def num_mixed(self) -> int:
+        """Groups with right and wrong answers, those beyond a full batch too."""
+        return sum(n for accuracy, n in self.accuracies.items() if 0 < accuracy < 1)
+
     def metrics(self) -> dict[str, float]:
         answers = max(1, self.verdicts.total())
         judged = self.verdicts[Verdict.CORRECT] + self.verdicts[Verdict.WRONG]
@@ -46,6 +51,7 @@ class Tally:
             "unverifiable_rate": self.verdicts[Verdict.UNVERIFIABLE] / answers,
             "truncated_fraction": self.finishes["length"] / answers,
             "response_length_mean": self.num_tokens / answers,
+            "groups_kept_fraction": self.num_mixed / max(1, self.num_groups),
         }
 
     def histogram(self) -> str:
