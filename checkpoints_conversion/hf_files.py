@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from checkpoints_conversion.families import FAMILIES, mappings_for
 
@@ -18,21 +20,38 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     """The model directory's configuration.
 
     Raises:
-        ValueError: no config.json there, or an architecture that has no family table.
+        ValueError: no config.json there, one that is broken, an architecture that has no family
+            table, or a variant of it that we do not compute.
     """
     if not (path / "config.json").is_file():
         raise ValueError(
             f"model.path: {path} has no config.json; give the directory of a Hugging Face model"
         )
-    hf_config = AutoConfig.from_pretrained(path)
-    architecture = (hf_config.architectures or ["none"])[0]
+    raw = _read_json(path / "config.json")
+    architecture = (raw.get("architectures") or ["model without `architectures` in config.json"])[0]
     if architecture not in FAMILIES:
         raise ValueError(
             f"model.path: {path} is a {architecture}; supported: {', '.join(FAMILIES)}"
         )
+    try:
+        hf_config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # transformers has no one type for values that it does not like
+        raise ValueError(f"{path / 'config.json'}: transformers refuses it: {error}") from error
     if getattr(hf_config, "use_sliding_window", False):
         raise ValueError(f"model.path: {path} uses sliding-window attention, which is unsupported")
+    if (rope := hf_config.rope_parameters.get("rope_type", "default")) != "default":
+        raise ValueError(f"model.path: {path} has rope type {rope!r}; supported: 'default'")
     return hf_config
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: held {type(content).__name__}; it must be an object")
+    return content
 
 
 def expected_names(hf_config: PretrainedConfig) -> list[str]:
@@ -45,18 +64,31 @@ def expected_names(hf_config: PretrainedConfig) -> list[str]:
     ]
 
 
+def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of `expected_names`, by transformers' own model."""
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(hf_config).state_dict()
+    return {name: tuple(tensors[name].shape) for name in expected_names(hf_config)}
+
+
 class HFWeights:
     """The tensors of a Hugging Face directory, read on demand.
 
     Raises:
         ValueError: no weights there; a shard missing or damaged (it is named); names that the
-            architecture does not have or that are missing.
+            architecture does not have or that are missing; a shape that is not config.json's.
     """
 
     def __init__(self, path: Path, hf_config: PretrainedConfig) -> None:
         self.path = path
-        self._files = _tensor_files(path)
+        self._files, shapes = _tensor_files(path)
         self._check_names(hf_config)
+        for name, expected in expected_shapes(hf_config).items():
+            if shapes[name] != expected:
+                raise ValueError(
+                    f"{path / self._files[name]}: {name} has shape {shapes[name]}, but config.json "
+                    f"makes it {expected}; weights and configuration are of different models"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         file = self.path / self._files[name]
@@ -78,7 +110,7 @@ class HFWeights:
 
 
 def check_weights(path: Path, hf_config: PretrainedConfig) -> None:
-    """Open every shard's header, so that a damaged checkpoint is found before a run starts.
+    """Read every shard's header, so that a damaged checkpoint is found before a run starts.
 
     Raises:
         ValueError: see HFWeights.
@@ -86,31 +118,36 @@ def check_weights(path: Path, hf_config: PretrainedConfig) -> None:
     HFWeights(path, hf_config)
 
 
-def _tensor_files(path: Path) -> Mapping[str, str]:
-    """Which file holds each tensor; every file's header is read."""
+def _tensor_files(path: Path) -> tuple[Mapping[str, str], Mapping[str, tuple[int, ...]]]:
+    """Which file holds each tensor, and each tensor's shape; every file's header is read."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        by_name: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        by_name = _read_json(index).get("weight_map")
+        if not isinstance(by_name, dict):
+            raise ValueError(f"{index}: has no weight_map; download it again")
     elif (path / "model.safetensors").is_file():
-        by_name = dict.fromkeys(_names_in(path / "model.safetensors"), "model.safetensors")
+        shapes = _shapes_in(path / "model.safetensors")
+        return dict.fromkeys(shapes, "model.safetensors"), shapes
     else:
         raise ValueError(
             f"model.path: {path} holds neither model.safetensors nor model.safetensors.index.json"
         )
+    shapes = {}
     for file in sorted(set(by_name.values())):
-        present = set(_names_in(path / file))
-        absent = sorted(n for n, f in by_name.items() if f == file and n not in present)
-        if absent:
+        present = _shapes_in(path / file)
+        promised = sorted(name for name in by_name if by_name[name] == file)
+        if absent := [name for name in promised if name not in present]:
             raise ValueError(f"{path / file}: the index promises {_some(absent)}, not found in it")
-    return by_name
+        shapes |= {name: present[name] for name in promised}
+    return by_name, shapes
 
 
-def _names_in(file: Path) -> list[str]:
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     if not file.is_file():
         raise ValueError(f"{file}: missing, though the index names it; download it again")
     try:
         with safe_open(file, framework="pt") as tensors:
-            return list(tensors.keys())
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); download it again") from error
 

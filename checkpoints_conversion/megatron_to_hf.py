@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
@@ -41,7 +42,8 @@ def _write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _carry_over(source, partial)
-    _write_shards(tensors, partial)
+    dtype = _write_shards(tensors, partial)
+    _declare_dtype(partial / "config.json", dtype)
     check_weights(partial, hf_config)
     if out.exists():
         shutil.rmtree(out)
@@ -55,15 +57,25 @@ def _carry_over(source: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
 
 
-def _write_shards(tensors: Iterable[tuple[str, Tensor]], out: Path) -> None:
+def _declare_dtype(file: Path, dtype: torch.dtype) -> None:
+    """transformers and vLLM convert the weights to what config.json says they are."""
+    config, name = json.loads(file.read_text()), str(dtype).removeprefix("torch.")
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    if config.get(key) != name:
+        file.write_text(json.dumps(config | {key: name}, indent=2) + "\n")
+
+
+def _write_shards(tensors: Iterable[tuple[str, Tensor]], out: Path) -> torch.dtype:
+    """Write the weights, with an index where they fill several files; their dtype."""
     names, total_bytes = [], 0
     for number, shard in enumerate(_shards(tensors), start=1):
         save_file(shard, out / f"shard-{number}.safetensors", metadata={"format": "pt"})
         names.append(list(shard))
+        dtype = next(iter(shard.values())).dtype
         total_bytes += sum(tensor.nbytes for tensor in shard.values())
     if len(names) == 1:
         (out / "shard-1.safetensors").rename(out / "model.safetensors")
-        return
+        return dtype
     weight_map = {}
     for number, shard_names in enumerate(names, start=1):
         file = f"model-{number:05d}-of-{len(names):05d}.safetensors"
@@ -71,6 +83,7 @@ def _write_shards(tensors: Iterable[tuple[str, Tensor]], out: Path) -> None:
         weight_map |= dict.fromkeys(shard_names, file)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    return dtype
 
 
 def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from checkpoints_conversion.hf_files import check_weights, read_hf_config
 from megatron_nft import recipe
@@ -12,6 +12,8 @@ from megatron_nft.problems import load_problems
 
 # what may change between two starts of one run: when to look and when to stop, not what is learned
 CHANGEABLE = ("run_dir", "rollouts", "evaluate.", "checkpoint.", "logging.", "verify.")
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
 def check(config: Config, num_processes: int) -> None:
@@ -24,9 +26,15 @@ def check(config: Config, num_processes: int) -> None:
     path = Path(config.model.path)
     hf_config = read_hf_config(path)
     check_layout(hf_config, config.parallel, num_processes)
+    check_engine_layout(config, hf_config, num_processes)
     check_lengths(config, hf_config)
     check_weights(path, hf_config)
     tokenizer = load_tokenizer(path)
+    if len(tokenizer) > hf_config.vocab_size:
+        raise ValueError(
+            f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, but the model's "
+            f"vocab_size is {hf_config.vocab_size}; they are of different models"
+        )
     for source in config.data.train:
         check_source(source, config, tokenizer)
     for source in config.evaluate.sets:
@@ -35,7 +43,10 @@ def check(config: Config, num_processes: int) -> None:
 
 def check_run_directory(config: Config) -> None:
     """Refuse to go on in a directory that another recipe began."""
-    saved = Path(config.run_dir) / "config.yaml"
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir: {run_dir} is a file; give a directory, which may be new")
+    saved = run_dir / "config.yaml"
     if not saved.is_file():
         return
     changed = [
@@ -60,18 +71,34 @@ def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
         )
 
 
-def load_tokenizer(path: Path) -> object:
+def check_engine_layout(config: Config, hf_config: PretrainedConfig, num_processes: int) -> None:
+    """The engines' ranks must divide the processes and the model's heads."""
+    numbers = {"processes": num_processes, "attention heads": hf_config.num_attention_heads}
+    for what, number in numbers.items():
+        if number % config.rollout.tensor:
+            raise ValueError(
+                f"rollout.tensor={config.rollout.tensor} does not divide the {number} {what}"
+            )
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The model directory's tokenizer; ValueError where it has none that can be loaded."""
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one
+        raise ValueError(
+            f"model.path: {path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"model.path: {path} has no tokenizer that loads: {error}") from error
+    except Exception as error:  # of any type, as the libraries that read its files raise it
+        raise ValueError(
+            f"model.path: {path} has no tokenizer that loads: {type(error).__name__}: {error}"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model.path: the tokenizer in {path} has no end-of-text token")
     return tokenizer
 
 
-def check_source(source: SourceConfig, config: Config, tokenizer: object) -> None:
+def check_source(source: SourceConfig, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Read a training file as the run will; solutions are needed for supervised fine-tuning."""
     problems = load_problems(source, config.data, tokenizer).problems
     without = sum(problem.solution_tokens is None for problem in problems)

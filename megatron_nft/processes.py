@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_nft import recipe
 from megatron_nft.config import Config
-from megatron_nft.preflight import check
 
 # what Megatron-Core and vLLM say at every import, on hosts that lack optional parts
 QUIET = {"PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -21,6 +20,8 @@ def run(path: Path, overrides: Sequence[str]) -> int:
         ValueError: see recipe.load and preflight.check.
     """
     config = recipe.load(path, overrides)
+    from megatron_nft.preflight import check  # seconds of imports, for a recipe that is right
+
     num_processes = num_processes_of(config)
     check(config, num_processes)
     logs = Path(config.run_dir) / "logs"

@@ -83,11 +83,12 @@ def collect(
         if len(kept) >= options.questions:
             return kept[: options.questions], tally
     if not kept or options.on_short_batch == "stop":
+        remedy = ", or set rollout.on_short_batch=train" if kept else ""
         raise RuntimeError(
             f"{options.max_asks} times {options.questions_asked} questions gave {len(kept)} groups "
-            f"with right and wrong answers, wanted {options.questions}; accuracies of all groups: "
-            f"{tally.histogram()}. Choose questions of another difficulty, raise "
-            "rollout.max_asks, or set rollout.on_short_batch=train"
+            f"with right and wrong answers, wanted {options.questions}; groups by accuracy: "
+            f"{tally.histogram()}. Choose questions of another difficulty, or raise "
+            f"rollout.answers or rollout.max_asks{remedy}"
         )
     return kept, tally
 
