@@ -77,7 +77,7 @@ class Run:
         return bool(self.eval_sets) and self._is_due(self.config.evaluate.every, state)
 
     def saves_after(self, state: RunState) -> bool:
-        return state.finished or self._is_due(self.config.checkpoint.every, state)
+        return self.is_finished or self._is_due(self.config.checkpoint.every, state)
 
     def _is_due(self, every: int, state: RunState) -> bool:
         """True every `every` rollouts and after the last one; never where it is 0."""
@@ -184,13 +184,15 @@ class Run:
         self._bar.set_postfix({k: f"{v:.1%}" for k, v in shown.items()}, refresh=False)
         self._bar.update(record["rollout"] - self._bar.n)
 
-    def is_finished(self, state: RunState, record: dict[str, Any]) -> bool:
-        """True after the last rollout, or once the evaluation is good enough."""
+    @property
+    def is_finished(self) -> bool:
+        return self.state.good_enough or self.state.rollout >= self.config.rollouts
+
+    def is_good_enough(self, record: dict[str, Any]) -> bool:
+        """True where the mean accuracy over the evaluation sets ends the run."""
         enough = self.config.evaluate.stop_at_accuracy
         reached = [record[key] for key in record if key.endswith("/accuracy")]
-        return state.rollout >= self.config.rollouts or bool(
-            enough and reached and np.mean(reached) >= enough
-        )
+        return bool(enough and reached and np.mean(reached) >= enough)
 
     def save(self) -> None:
         checkpoint.save(

@@ -38,7 +38,7 @@ def train(config: Config) -> None:
     with Run(config) as run:
         if run.state.step == 0 and run.eval_sets:
             run.log({"step": 0, "rollout": 0, **run.evaluate()})
-        while not run.state.finished:
+        while not run.is_finished:
             one_rollout(run)
         run.export()
 
@@ -69,7 +69,7 @@ def one_rollout(run: Run) -> None:
     if run.evaluates_after(state):
         with timer.phase("evaluate"):
             record_ |= run.evaluate()
-    run.state = replace(state, finished=run.is_finished(state, record_))
+    run.state = replace(state, good_enough=run.is_good_enough(record_))
     if run.saves_after(run.state):
         with timer.phase("checkpoint"):
             run.save()

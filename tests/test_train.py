@@ -24,7 +24,7 @@ run_dir: {root}/cold
 rollouts: 60
 model: {{path: {root}/model, dtype: float32}}
 parallel: {{tensor: {tensor}}}
-data: {{train: [{{path: {root}/cold.jsonl}}], template: {template}, max_prompt_tokens: 500}}
+data: {{train: [{{path: {root}/cold.jsonl}}], template: raw, max_prompt_tokens: {longest}}}
 objective: {{name: sft}}
 rollout: {{questions: 32, max_response_tokens: 12}}
 optimizer: {{lr: 2.0e-3, warmup_rollouts: 5, questions_per_minibatch: 32}}
@@ -73,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root / "cold.jsonl", [(f"{a}+{b}=", str(a + b)) for a, b in product(range(10), repeat=2)]
     )
     arithmetic.make_model(root / "model", seed=0)
-    (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=2, template="raw"))
+    (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=2, longest=8))
     (root / "recipe.yaml").write_text(RECIPE.format(root=root))
     train(root / "cold.yaml")
     train(root / "recipe.yaml")
@@ -134,7 +134,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     problems = load_problems(source, raw, tokenizer).problems
     rows += [(tokenizer.decode(p.prompt_tokens), p.answer) for p in problems] * 12
     write_rows(root / "cold.jsonl", rows)
-    (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=1, template="raw"))
+    (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=1, longest=500))
     train(root / "cold.yaml", "data.on_long_prompt=skip", "data.deduplicate=false")
     return root
 

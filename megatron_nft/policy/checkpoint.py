@@ -30,7 +30,7 @@ class RunState:
     rollout: int = 0  # rollouts finished
     step: int = 0  # optimizer steps taken
     position: int = 0  # questions taken from the data
-    finished: bool = False  # nothing is left to do
+    good_enough: bool = False  # evaluate.stop_at_accuracy was reached
 
 
 def save(directory: Path, policy: Policy, state: RunState, keep: int) -> None:
@@ -68,7 +68,13 @@ def load(path: Path, policy: Policy) -> None:
     wanted = _sharded_state(policy, is_loading=True)
     loaded = dist_checkpointing.load(wanted, str(path))
     policy.model.load_state_dict(loaded["model"])
+    hooks = [
+        optimizer.register_load_state_dict_post_hook(_steps_to_numbers)
+        for optimizer in _torch_optimizers(policy)
+    ]
     policy.optimizer.load_state_dict(loaded["optimizer"])
+    for hook in hooks:
+        hook.remove()
     _separate_adam_steps(policy)
 
 
@@ -102,11 +108,19 @@ def _create_adam_state(policy: Policy) -> None:
                     }
 
 
-def _separate_adam_steps(policy: Policy) -> None:
-    """Megatron hands all parameters the same `step` tensor, which torch's Adam counts up in place.
+def _steps_to_numbers(optimizer: torch.optim.Optimizer) -> None:
+    """Hide torch Adam's tensor `step` from Megatron, which would look for it in every parameter's
+    file and not find it; it comes with the parameter groups.
+    """
+    for state in optimizer.state.values():
+        state["step"] = float(state["step"])
 
-    Shared, it would count once per parameter, and the resumed run would silently diverge.
+
+def _separate_adam_steps(policy: Policy) -> None:
+    """Give each parameter a `step` tensor of its own, as torch's Adam counts it up in place.
+
+    Megatron shares one among all of them; the resumed run would silently diverge.
     """
     for optimizer in _torch_optimizers(policy):
         for state in optimizer.state.values():
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).clone()
+            state["step"] = torch.tensor(float(state["step"]))
