@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from checkpoints_conversion.families import FAMILIES, mappings_for
 
@@ -66,6 +66,8 @@ def expected_names(hf_config: PretrainedConfig) -> list[str]:
 
 def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of `expected_names`, by transformers' own model."""
+    from transformers import AutoModelForCausalLM  # seconds, of no use where config.json is wrong
+
     with torch.device("meta"):
         tensors = AutoModelForCausalLM.from_config(hf_config).state_dict()
     return {name: tuple(tensors[name].shape) for name in expected_names(hf_config)}

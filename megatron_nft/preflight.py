@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from checkpoints_conversion.hf_files import check_weights, read_hf_config
 from megatron_nft import recipe
@@ -87,6 +87,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"model.path: {path} has no tokenizer: none of {', '.join(TOKENIZER_FILES)}"
         )
+    from transformers import AutoTokenizer  # seconds, of no use where the model is wrong
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of any type, as the libraries that read its files raise it
