@@ -130,5 +130,6 @@ def _chunk_logprobs(
 
 
 def _chunks(num_tokens: int, vocab_per_rank: int) -> list[slice]:
+    """At least one, also of no tokens: an empty micro-batch has outputs and gradients of size 0."""
     size = max(1, CHUNK_CELLS // vocab_per_rank)
-    return [slice(i, min(i + size, num_tokens)) for i in range(0, num_tokens, size)]
+    return [slice(i, min(i + size, num_tokens)) for i in range(0, max(1, num_tokens), size)]

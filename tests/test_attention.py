@@ -1,0 +1,143 @@
+"""Attention over packed rows against softmax attention, one sequence and one head at a time."""
+
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_nft.policy.attention import PackedAttention, PackedRow, pack_row
+
+HEAD_DIM = 16
+THETA = 10000.0
+CPU = torch.device("cpu")
+LENGTHS = {
+    "unequal": (5, 1, 33, 8, 7, 12, 2, 33, 20),
+    "one sequence": (19,),
+    "equal": (6, 6, 6),
+    "single tokens": (1, 1, 1),
+}
+
+
+def _attention(num_heads: int, num_groups: int) -> PackedAttention:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=num_heads * HEAD_DIM,
+        num_attention_heads=num_heads,
+        num_query_groups=num_groups,
+    )
+    inv_freq = 1.0 / THETA ** (torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    return PackedAttention(config, 1, AttnMaskType.causal, "self", inv_freq=inv_freq)
+
+
+def _rotated(x: Tensor) -> Tensor:
+    """Rope on x [T, D]: the pair (x_i, x_{i+D/2}) as a complex number, turned by t·θ^(−2i/D)."""
+    half = HEAD_DIM // 2
+    pairs = torch.complex(x[:, :half], x[:, half:])
+    angles = torch.outer(
+        torch.arange(len(x), dtype=torch.float64),
+        THETA ** (-torch.arange(half, dtype=torch.float64) / half),
+    )
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def _oracle(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Causal softmax attention [T, H·D] in float64; head h reads key and value head h // (H/KV)."""
+    rows = []
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        hidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        heads = []
+        for head in range(q.shape[1]):
+            group = head * k.shape[1] // q.shape[1]
+            scores = _rotated(q[:, head]) @ _rotated(k[:, group]).T / HEAD_DIM**0.5
+            heads.append(scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v[:, group])
+        rows.append(torch.cat(heads, dim=-1))
+    return torch.cat(rows)
+
+
+def _error(ours: Tensor, expected: Tensor) -> float:
+    return float((ours.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize(("num_heads", "num_groups"), [(4, 4), (4, 2), (6, 1)])
+def test_equals_softmax_attention_of_each_sequence(
+    name: str, num_heads: int, num_groups: int
+) -> None:
+    lengths = LENGTHS[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(sum(lengths), heads, HEAD_DIM, generator=rng)
+        for heads in (num_heads, num_groups, num_groups)
+    ]
+    grad = torch.randn(sum(lengths), num_heads * HEAD_DIM, generator=rng)
+    ours = [x.clone().requires_grad_() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+
+    out = _attention(num_heads, num_groups)(*ours, packed_seq_params=pack_row(lengths, CPU))
+    expected = _oracle(*exact, lengths)
+    out.backward(grad)
+    expected.backward(grad.double())
+
+    assert _error(out, expected) <= 1e-6
+    scale = max(float(x.grad.norm()) for x in exact)  # of one token's query: exactly zero
+    for a, b in zip(ours, exact, strict=True):
+        assert float((a.grad.double() - b.grad).norm()) <= 1e-6 * scale
+
+
+def test_layers_share_one_rope() -> None:
+    row = pack_row((3, 4), CPU)
+    x = torch.randn(7, 2, HEAD_DIM)
+    first = _attention(2, 2)(x, x, x, packed_seq_params=row)
+    rope = row.rope
+    second = _attention(2, 2)(x, x, x, packed_seq_params=row)
+    assert row.rope is rope
+    assert torch.equal(first, second)
+
+
+def test_a_row_that_is_not_packed_is_refused() -> None:
+    x = torch.randn(7, 2, HEAD_DIM)
+    with pytest.raises(AssertionError, match="always packed"):
+        _attention(2, 2)(x, x, x)
+
+
+def _random_rows() -> list[PackedRow]:
+    rng = torch.Generator().manual_seed(0)
+    counts = (1, 2, 7, 40, 100)
+    lengths = [torch.randint(1, 300, (n,), generator=rng).tolist() for n in counts]
+    return [pack_row(tuple(x), CPU) for x in (*lengths, *map(list, LENGTHS.values()))]
+
+
+def test_buckets_hold_every_token_once() -> None:
+    for row in _random_rows():
+        num_tokens = sum(row.lengths)
+        cells = torch.cat([bucket.gather for _, bucket in row.buckets])
+        assert torch.equal(cells[row.scatter], torch.arange(num_tokens))
+        assert len(row.scatter.unique()) == num_tokens
+        assert sum(len(bucket.gather) // length for length, bucket in row.buckets) == len(
+            row.lengths
+        )
+
+
+def test_a_bucket_row_is_one_sequence_and_less_than_a_third_is_padding() -> None:
+    for row in _random_rows():
+        ends = row.cu_seqlens_q[1:].tolist()
+        starts = row.cu_seqlens_q[:-1].tolist()
+        for length, bucket in row.buckets:
+            num_real = 0
+            for cells in bucket.gather.view(-1, length).tolist():
+                end = ends[starts.index(cells[0])]
+                own = list(range(cells[0], end))
+                assert cells == own + [end - 1] * (length - len(own))
+                num_real += len(own)
+            assert 3 * (bucket.gather.numel() - num_real) < bucket.gather.numel()
+
+
+def test_a_row_says_where_its_sequences_lie() -> None:
+    row = pack_row((2, 3, 1), CPU)
+    assert row.qkv_format == "thd"
+    assert row.cu_seqlens_q.tolist() == row.cu_seqlens_kv.tolist() == [0, 2, 5, 6]
+    assert row.cu_seqlens_q.dtype == torch.int32
+    assert row.max_seqlen_q == row.max_seqlen_kv == 3
+    assert row.positions.tolist() == [0, 1, 0, 1, 2, 0]
