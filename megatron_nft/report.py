@@ -1,8 +1,7 @@
 """A run's curves as one picture, drawn from its metrics.jsonl."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -13,11 +12,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from megatron_nft.metrics import FILE_NAME, NON_FINITE, Record, read_metrics
+from megatron_nft.panels import (
+    BLUE,
+    Panel,
+    Series,
+    held_out_sets,
+    panels,
+    phases,
+)
 
 INK, MUTED, GRID = "#1F2933", "#66727F", "#E6E9ED"
-BLUE, ORANGE, GREEN, PURPLE = "#2B6CB0", "#DD7A2E", "#2F9673", "#7F5AB6"
-RED, CYAN, GOLD, SLATE = "#C2415A", "#3FA3BF", "#C59B1F", "#94A0AD"
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, RED, CYAN, GOLD)
 ALARM = "#B42318"
 
 Floats = list[float]
@@ -28,67 +32,6 @@ LEGEND_COLUMNS = 3
 TICK_STEPS = (1, 2, 2.5, 5, 10)
 NUM_POINTS_MARKED = 40  # up to here each point is marked; a single one shows
 NUM_POINTS_SMOOTHED = 80  # from here on the moving mean is drawn over the raw points
-
-
-@dataclass(frozen=True)
-class Series:
-    key: str
-    label: str
-    color: str = BLUE
-
-
-@dataclass(frozen=True)
-class Panel:
-    title: str
-    unit: str
-    series: tuple[Series, ...]
-    kind: str = "lines"  # a name in DRAWINGS
-    scale: float = 1.0  # from the logged unit to the shown one
-    log: bool = False
-    span: int = 1  # columns
-
-
-PANELS = (
-    Panel(
-        "Groups trained on",
-        "%",
-        (
-            Series("groups_kept_fraction", "groups kept", BLUE),
-            Series("accuracy_kept", "their accuracy", ORANGE),
-        ),
-        scale=100,
-    ),
-    Panel("Response length", "tokens", (Series("response_length_mean", "mean"),)),
-    Panel("Entropy", "nats per token", (Series("entropy", "entropy"),)),
-    Panel(
-        "Probability ratio, new / old policy",
-        "ratio",
-        (
-            Series("ratio_q01", "1 %", CYAN),
-            Series("ratio_q50", "median", BLUE),
-            Series("ratio_q99", "99 %", PURPLE),
-        ),
-        kind="band",
-    ),
-    Panel("Clipped tokens", "% of tokens", (Series("clip_fraction", "clipped"),), scale=100),
-    Panel("Gradient norm", "norm before clipping", (Series("grad_norm", "norm"),)),
-    Panel(
-        "Lost answers",
-        "% of answers",
-        (
-            Series("truncated_fraction", "truncated", BLUE),
-            Series("unverifiable_rate", "unverifiable", ORANGE),
-        ),
-        scale=100,
-    ),
-    Panel(
-        "Trainer against rollout engine",
-        "|Δ log p|, nats",
-        (Series("logp_delta_max", "max", ORANGE), Series("logp_delta_mean", "mean", BLUE)),
-        log=True,
-    ),
-)
-THROUGHPUT = Panel("Throughput", "tokens / s", (Series("tokens_per_second", "throughput"),))
 
 
 def draw(run_dir: Path, out: Path | None = None, title: str = "") -> Path:
@@ -118,47 +61,6 @@ def draw(run_dir: Path, out: Path | None = None, title: str = "") -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(out)
     return out
-
-
-def panels(records: Sequence[Record]) -> list[Panel]:
-    """The panels for which a run has values, each with the series that it has."""
-    present = list(
-        dict.fromkeys(key for r in records for key, value in r.items() if value is not None)
-    )
-    everything = (_accuracy_panel(present), *PANELS, _seconds_panel(present), THROUGHPUT)
-    kept = []
-    for panel in everything:
-        series = tuple(s for s in panel.series if s.key in present)
-        if series:
-            kept.append(replace(panel, series=series))
-    return kept
-
-
-def _accuracy_panel(present: Sequence[str]) -> Panel:
-    training = Series("accuracy_all", "training", SLATE)
-    held_out = (
-        Series(key, key.removeprefix("eval/").removesuffix("/accuracy"), color)
-        for key, color in _colored(_sets(present))
-    )
-    return Panel("Accuracy", "%", (training, *held_out), kind="accuracy", scale=100, span=2)
-
-
-def _seconds_panel(present: Sequence[str]) -> Panel:
-    phases = _colored(_phases(present))
-    series = (Series(key, key.split("/")[1].replace("_", " "), color) for key, color in phases)
-    return Panel("Time", "seconds per rollout", tuple(series), kind="stack")
-
-
-def _sets(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if key.startswith("eval/") and key.endswith("/accuracy")]
-
-
-def _phases(keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if key.startswith("seconds/")]
-
-
-def _colored(keys: Sequence[str]) -> list[tuple[str, str]]:
-    return [(key, CYCLE[i % len(CYCLE)]) for i, key in enumerate(keys)]
 
 
 def _values(records: Sequence[Record], key: str, scale: float = 1.0) -> tuple[Floats, Floats]:
@@ -392,7 +294,7 @@ def _head(figure: Figure, title: str, records: Sequence[Record]) -> None:
 
 def headline(records: Sequence[Record]) -> str:
     """Accuracy before → after: the mean over the held-out sets, else of the training answers."""
-    sets = _sets(dict.fromkeys(key for record in records for key in record))
+    sets = held_out_sets(dict.fromkeys(key for record in records for key in record))
     curves = [y for _, y in (_values(records, key, 100) for key in sets) if y]
     what = "held-out accuracy"
     if not curves:
@@ -412,7 +314,7 @@ def _facts(records: Sequence[Record]) -> str:
     """Steps, rollouts, hours and memory, as far as the run logged them."""
     num_rollouts = _num_rollouts(records)
     num_steps = max(record["step"] for record in records)
-    keys = _phases({key for record in records for key in record})
+    keys = phases({key for record in records for key in record})
     hours = sum(sum(_values(records, key)[1]) for key in keys) / 3600
     memory = _values(records, "peak_memory_gib")[1]
     facts = [_count(num_steps, "step")]

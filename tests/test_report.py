@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from megatron_nft.metrics import Record
-from megatron_nft.report import _apart, _by_rollout, _smooth, draw, headline, panels
+from megatron_nft.panels import panels
+from megatron_nft.report import _apart, _by_rollout, _smooth, draw, headline
 
 ROLLOUT: Record = {
     "accuracy_all": 0.4,

@@ -294,12 +294,7 @@ def test_on_policy_nft_is_dr_grpo_or_grpo(ours: dict[str, dict[str, Any]], layou
     "field",
     [
         "group_accuracy",
-        pytest.param(
-            "old_logp",
-            marks=pytest.mark.xfail(
-                strict=True, reason="clamp's backward makes zeros of a NaN: only the loss shows it"
-            ),
-        ),
+        "old_logp",
     ],
 )
 def test_a_step_that_is_not_finite_is_refused_and_forgotten(

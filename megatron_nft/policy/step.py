@@ -81,7 +81,7 @@ class Policy:
             measures (ratio, clip_fraction, entropy …).
 
         Raises:
-            FloatingPointError: the gradient is not finite; the weights were not touched.
+            FloatingPointError: loss or gradient is not finite; the weights were not touched.
         """
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
@@ -89,18 +89,24 @@ class Policy:
         mine = self._my_bins(sequences)
         weights = token_weights(sequences, self.config.objective)
         outputs = self._run_schedule(sequences, mine, weights, forward_only=False)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        grad_norm = self._step()
+        measured = _merge(_gather_over_data_parallel(outputs))
+        measured["grad_norm"] = self._step(measured["loss"], lr)
         self.num_updates += 1
-        return {"grad_norm": grad_norm, **_merge(_gather_over_data_parallel(outputs))}
+        return measured
 
-    def _step(self) -> float:
-        """Clip and apply the gradient, unless it is not finite."""
+    def _step(self, loss: float, lr: float) -> float:
+        """Clip and apply the gradient, unless it or the loss is not finite.
+
+        A clamp's backward makes zeros of a NaN, so that the gradient alone would not show it.
+        """
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if not np.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm {grad_norm} at update {self.num_updates}")
+        if not np.isfinite([loss, grad_norm]).all():
+            raise FloatingPointError(
+                f"loss {loss}, gradient norm {grad_norm} at update {self.num_updates}"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         succeeded, _, _ = self.optimizer.step()
         assert succeeded
         return grad_norm
