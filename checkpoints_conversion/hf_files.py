@@ -37,6 +37,8 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         hf_config = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers has no one type for values that it does not like
         raise ValueError(f"{path / 'config.json'}: transformers refuses it: {error}") from error
+    if hf_config.hidden_act != "silu":
+        raise ValueError(f"model.path: {path} has hidden_act={hf_config.hidden_act!r}, not 'silu'")
     if getattr(hf_config, "use_sliding_window", False):
         raise ValueError(f"model.path: {path} uses sliding-window attention, which is unsupported")
     if (rope := hf_config.rope_parameters.get("rope_type", "default")) != "default":

@@ -29,6 +29,8 @@ def demo(out: Path, seed: int) -> int:
         _announce(stage)
         overrides = [f"seed={seed}", f"run_dir={out / run}", f"model.path={out / model}"]
         overrides += [f"data.train[0].path={out / 'data' / f'{data}.jsonl'}"]
+        if processes.num_gpus() == 1:
+            overrides += ["parallel.tensor=1"]
         overrides += [f"evaluate.sets[0].path={out / 'data' / 'heldout.jsonl'}"]
         if code := processes.run(RECIPES / recipe, overrides):
             return code
@@ -40,7 +42,7 @@ def make_task(out: Path, seed: int) -> None:
     """Problems, tokenizer and random model, unless they are there already."""
     from megatron_nft import arithmetic
 
-    if (out / "model" / "config.json").is_file():
+    if (out / "model" / "tokenizer.json").is_file():  # written last
         return
     with tqdm(total=2, desc="making", unit="part") as bar:
         arithmetic.write_problems(out / "data", seed)

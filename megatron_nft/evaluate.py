@@ -12,7 +12,10 @@ EvaluationSet = tuple[str, Sequence[Problem], int]  # name, problems, answers a 
 
 
 def evaluate(
-    engine: ColocatedEngine, verifier: Verifier, sets: Sequence[EvaluationSet], config: Config
+    engine: ColocatedEngine,
+    verifier: Verifier | None,
+    sets: Sequence[EvaluationSet],
+    config: Config,
 ) -> dict[str, float]:
     """`eval/<set>/accuracy` (correct / judged) and the rest for every set; collective.
 
@@ -30,5 +33,6 @@ def evaluate(
         _, tally = ask(engine, verifier, problems, sampling)
         seen = tally.metrics()
         metrics[f"eval/{name}/accuracy"] = seen.pop("accuracy_all")
+        metrics[f"eval/{name}/num_questions"] = tally.num_groups
         metrics |= {f"eval/{name}/{key}": value for key, value in seen.items()}
     return metrics

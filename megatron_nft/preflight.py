@@ -1,5 +1,6 @@
 """What can be known to be wrong before anything expensive starts."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -34,6 +35,11 @@ def check(config: Config, num_processes: int) -> None:
         raise ValueError(
             f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, but the model's "
             f"vocab_size is {hf_config.vocab_size}; they are of different models"
+        )
+    if config.logging.wandb_project and find_spec("wandb") is None:
+        raise ValueError(
+            f"logging.wandb_project is {config.logging.wandb_project!r}, but wandb is not "
+            "installed: pip install wandb, or leave the key out"
         )
     for source in config.data.train:
         check_source(source, config, tokenizer)
@@ -108,4 +114,10 @@ def check_source(source: SourceConfig, config: Config, tokenizer: PreTrainedToke
         raise ValueError(
             f"{source.path}: {without} of {len(problems)} rows have no worked solution, which "
             "objective.name=sft needs; name its column with `solution:`"
+        )
+    longest = max((len(p.solution_tokens) for p in problems if not without), default=0)
+    if config.objective.name == "sft" and longest > config.rollout.max_response_tokens:
+        raise ValueError(
+            f"{source.path}: the longest worked solution has {longest} tokens, but "
+            f"rollout.max_response_tokens is {config.rollout.max_response_tokens}"
         )

@@ -23,6 +23,11 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     from megatron_nft.preflight import check  # seconds of imports, for a recipe that is right
 
     num_processes = num_processes_of(config)
+    if 0 < num_gpus() < num_processes:
+        raise ValueError(
+            f"the recipe's layout needs {num_processes} processes, but this host has "
+            f"{num_gpus()} GPUs; lower parallel.tensor or parallel.num_processes"
+        )
     check(config, num_processes)
     logs = Path(config.run_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -41,10 +46,11 @@ def num_processes_of(config: Config) -> int:
     """As many processes as the recipe says; else one a GPU, or the least that the layout needs."""
     parallel = config.parallel
     least = parallel.tensor * parallel.pipeline * parallel.context
-    return parallel.num_processes or max(least, _num_gpus() // least * least)
+    return parallel.num_processes or max(least, num_gpus() // least * least)
 
 
-def _num_gpus() -> int:
+def num_gpus() -> int:
+    """GPUs of this machine that torch sees."""
     import torch
 
     return torch.cuda.device_count()

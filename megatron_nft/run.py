@@ -1,8 +1,10 @@
 """What a training run holds in each process: data, policy, engine, verifier, directory."""
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,7 +45,7 @@ class Run:
         self.is_main = dist.get_rank() == 0
         path = Path(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.verifier = self._exit.enter_context(Verifier(config.verify))
+        self.verifier = self._start_verifier()
         self.problems = [p for source in config.data.train for p in self._load(source)]
         self.order = QuestionOrder(self.problems, config.seed)
         self.eval_sets = [
@@ -87,8 +89,14 @@ class Run:
 
     def _load(self, source: Any) -> list[Problem]:
         loaded = load_problems(source, self.config.data, self.tokenizer)
-        if loaded.num_skipped and self.is_main:
-            logger.warning("%s: skipped %s", source.path, loaded.skipped_reasons)
+        if self.is_main and (loaded.num_skipped or loaded.num_duplicates):
+            logger.warning(
+                "%s: %d problems; left out: %d repetitions, %s",
+                source.path,
+                len(loaded.problems),
+                loaded.num_duplicates,
+                loaded.skipped_reasons or "nothing else",
+            )
         return loaded.problems
 
     def collect(self) -> tuple[list[Group], Tally | None]:
@@ -97,7 +105,7 @@ class Run:
         if not self.samples:
             return [_solution(p) for p in self.order.take(options.questions)], None
         groups, tally = collect(self._ask, self.order.take, options)
-        self._check_verifier(tally)
+        self._check_verifier("rollout", tally.metrics()["unverifiable_rate"])
         return groups, tally
 
     def _ask(self, problems: Sequence[Problem], attempt: int) -> tuple[list[Group], Tally]:
@@ -111,12 +119,20 @@ class Run:
         )
         return ask(self.engine, self.verifier, problems, sampling)
 
-    def _check_verifier(self, tally: Tally) -> None:
-        rate = tally.metrics()["unverifiable_rate"]
+    def _start_verifier(self) -> Verifier | None:
+        """Judges only where answers arrive; the cores of a machine are shared by its processes."""
+        if dist.get_rank() % self.config.rollout.tensor:
+            return None
+        options = self.config.verify
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_workers = options.workers or max(1, len(os.sched_getaffinity(0)) // num_local)
+        return self._exit.enter_context(Verifier(replace(options, workers=num_workers)))
+
+    def _check_verifier(self, what: str, rate: float) -> None:
         if rate > self.config.verify.max_unverifiable_rate:
             raise RuntimeError(
-                f"{rate:.1%} of the answers could not be judged; verify.max_unverifiable_rate is "
-                f"{self.config.verify.max_unverifiable_rate:.1%}"
+                f"{what}: {rate:.1%} of the answers could not be judged; "
+                f"verify.max_unverifiable_rate is {self.config.verify.max_unverifiable_rate:.1%}"
             )
 
     # engine
@@ -141,15 +157,22 @@ class Run:
             self.engine.load_weights(weights, version=self.policy.num_updates)
 
     def evaluate(self) -> dict[str, float]:
-        return evaluate(self.engine, self.verifier, self.eval_sets, self.config)
+        """Accuracy on the held-out sets; collective."""
+        metrics = evaluate(self.engine, self.verifier, self.eval_sets, self.config)
+        for key, value in metrics.items():
+            if key.endswith("/unverifiable_rate"):
+                self._check_verifier(key, value)
+        return metrics
 
     # directory
 
     def _resume(self) -> RunState:
-        found = checkpoint.latest(self.directory / "checkpoints")
-        if found is None:
+        """Where the run stands: rank 0 looks, so that all ranks go on from the same place."""
+        seen = [checkpoint.latest(self.directory / "checkpoints") if self.is_main else None]
+        dist.broadcast_object_list(seen, src=0)
+        if seen[0] is None:
             return RunState()
-        path, state = found
+        path, state = seen[0]
         checkpoint.load(path, self.policy)
         self.policy.num_updates = state.step
         self.order.position = state.position
@@ -186,13 +209,10 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return self.state.good_enough or self.state.rollout >= self.config.rollouts
-
-    def is_good_enough(self, record: dict[str, Any]) -> bool:
-        """True where the mean accuracy over the evaluation sets ends the run."""
+        """True after the last rollout, or once the last evaluation was good enough."""
         enough = self.config.evaluate.stop_at_accuracy
-        reached = [record[key] for key in record if key.endswith("/accuracy")]
-        return bool(enough and reached and np.mean(reached) >= enough)
+        good = enough > 0 and self.state.accuracy >= enough
+        return good or self.state.rollout >= self.config.rollouts
 
     def save(self) -> None:
         checkpoint.save(

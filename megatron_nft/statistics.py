@@ -59,6 +59,12 @@ def rollout_statistics(
     )
 
 
+def mean_accuracy(record: dict[str, Any]) -> float:
+    """Over the evaluation sets in a record; 0 where there are none."""
+    found = [value for key, value in record.items() if key.endswith("/accuracy")]
+    return float(np.mean(found)) if found else 0.0
+
+
 def drift(sequences: Seq[Sequence], logp: Seq[np.ndarray]) -> dict[str, float]:
     """|Δlogp| between the trainer and the engine that sampled, over all tokens."""
     deltas = np.concatenate([np.abs(s.logp - p) for s, p in zip(sequences, logp, strict=True)])

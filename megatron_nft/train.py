@@ -19,16 +19,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_nft import recipe
+from megatron_nft import preflight, recipe
 from megatron_nft.config import Config
 from megatron_nft.policy import parallel
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.packing import Sequence, sequences_of
 from megatron_nft.rollout.groups import Group
 from megatron_nft.run import Run
-from megatron_nft.statistics import drift, rollout_statistics, step_statistics
+from megatron_nft.statistics import drift, mean_accuracy, rollout_statistics, step_statistics
 
 logger = logging.getLogger("megatron_nft")
 
@@ -46,7 +47,6 @@ def train(config: Config) -> None:
 def one_rollout(run: Run) -> None:
     """Sample, judge, update, hand over the weights; evaluate and save when due."""
     config, timer, state = run.config, run.timer, run.state
-    timer.reset()
     with timer.phase("rollout"):
         groups, tally = run.collect()
     with timer.phase("old_logp"):
@@ -69,11 +69,13 @@ def one_rollout(run: Run) -> None:
     if run.evaluates_after(state):
         with timer.phase("evaluate"):
             record_ |= run.evaluate()
-    run.state = replace(state, good_enough=run.is_good_enough(record_))
-    if run.saves_after(run.state):
-        with timer.phase("checkpoint"):
-            run.save()
+    run.state = replace(state, accuracy=mean_accuracy(record_))
+    # the record before the checkpoint: a resumed run can cut a record, but not make up for one
     run.log(record_ | {f"seconds/{name}": s for name, s in timer.seconds().items()})
+    timer.reset()
+    if run.saves_after(run.state):
+        with timer.phase("checkpoint"):  # counted with the next rollout
+            run.save()
 
 
 def with_old_logp(
@@ -127,10 +129,22 @@ def run_process(path: Path, overrides: list[str]) -> None:
     """What every process under torchrun does."""
     config = recipe.load(path, overrides)
     parallel.initialize(config.parallel, config.seed)
-    try:
-        train(config)
-    finally:
-        parallel.finalize()
+    check_once(config)
+    train(config)
+    parallel.finalize()  # not after an exception: the others may be waiting in a collective
+
+
+def check_once(config: Config) -> None:
+    """Rank 0 looks at everything that the recipe names; all ranks raise what it finds."""
+    complaint: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            preflight.check(config, dist.get_world_size())
+        except ValueError as error:
+            complaint = [str(error)]
+    dist.broadcast_object_list(complaint, src=0)
+    if complaint[0]:
+        raise ValueError(complaint[0])
 
 
 if __name__ == "__main__":

@@ -176,6 +176,9 @@ def _engine_rules(config: Config) -> Iterator[str]:
     if rollout.answers < 2:
         may_be = "at least 2: a group trains only where it has right and wrong answers"
         yield _was("rollout.answers", rollout.answers, may_be)
+    if rollout.top_p != 1:
+        may_be = "1: the policy's log-probabilities are those of the whole vocabulary"
+        yield _was("rollout.top_p", rollout.top_p, may_be)
     if rollout.questions_asked * rollout.max_asks < rollout.questions:
         may_be = f"such that times max_asks = {rollout.max_asks} it reaches rollout.questions"
         may_be += f" = {rollout.questions}"

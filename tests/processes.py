@@ -1,6 +1,7 @@
 """Run a function in several gloo processes, as torchrun would, and get its results."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import traceback
@@ -18,24 +19,32 @@ def run(function: Callable[..., Any], num_processes: int, *args: Any) -> list[An
         context.Process(target=_child, args=(rank, num_processes, port, pipe[1], function, args))
         for rank, pipe in enumerate(pipes)
     ]
-    for process in processes:
+    for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
+        sender.close()  # the child's end alone: when it dies, the pipe ends
     try:
-        return [_receive(pipe[0], process) for pipe, process in zip(pipes, processes, strict=True)]
+        return _receive_all([pipe[0] for pipe in pipes], processes)
     finally:
         for process in processes:
             process.join(timeout=20)
             process.kill()
 
 
-def _receive(pipe: Connection, process: multiprocessing.process.BaseProcess) -> Any:
-    while not pipe.poll(1.0):
-        if not process.is_alive() and not pipe.poll(0):
-            raise RuntimeError(f"{process.name} died with exit code {process.exitcode}")
-    error, result = pipe.recv()
-    if error:
-        raise RuntimeError(error)
-    return result
+def _receive_all(
+    pipes: list[Connection], processes: list[multiprocessing.process.BaseProcess]
+) -> list[Any]:
+    """Whoever fails first is the one to report: the others only lose their peer."""
+    results: dict[Connection, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for pipe in pipes if pipe not in results]
+        for pipe in multiprocessing.connection.wait(waiting, timeout=1.0):
+            try:
+                error, results[pipe] = pipe.recv()
+            except EOFError:
+                error = f"{processes[pipes.index(pipe)].name} died"
+            if error:
+                raise RuntimeError(error)
+    return [results[pipe] for pipe in pipes]
 
 
 def _child(

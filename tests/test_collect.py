@@ -140,6 +140,8 @@ def test_metrics_are_of_all_answers() -> None:
         "unverifiable_rate": 3 / 12,
         "truncated_fraction": 6 / 12,
         "response_length_mean": (1 + 2 + 3 + 4) / 4,
+        "verifier_timeouts": 0,
+        "verifier_worker_deaths": 0,
         "groups_kept_fraction": 1 / 3,
     }
     assert tally_of(groups).metrics() == pytest.approx(expected)

@@ -120,7 +120,7 @@ def _check_targets(packed: MicroBatch) -> None:
 def test_a_row_by_hand() -> None:
     packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU)
     assert packed.tokens.tolist() == [ROW]
-    assert packed.row.lengths == (4, 3, 2)
+    assert packed.row.cu_seqlens_q.diff().tolist() == [4, 3, 2]
     assert packed.row.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
     _check_targets(packed)
 
@@ -128,7 +128,7 @@ def test_a_row_by_hand() -> None:
 def test_a_row_is_padded_by_a_sequence_that_predicts_nothing() -> None:
     packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU, multiple=4)
     assert packed.tokens.tolist() == [[*ROW, 0, 0, 0]]
-    assert packed.row.lengths == (4, 3, 2, 3)
+    assert packed.row.cu_seqlens_q.diff().tolist() == [4, 3, 2, 3]
     _check_targets(packed)
 
 
@@ -152,7 +152,7 @@ def test_dtypes(sequences: list[Sequence]) -> None:
 def test_no_sequences_become_a_row_of_padding(multiple: int) -> None:
     packed = micro_batch([], [], CPU, multiple)
     assert packed.tokens.tolist() == [[0] * multiple]
-    assert packed.row.lengths == (multiple,)
+    assert packed.row.cu_seqlens_q.diff().tolist() == [multiple]
     assert packed.batch.num_sequences == 0
     batch = packed.batch
     for values in (packed.predictors, packed.targets, packed.token_weights, batch.old_logp):

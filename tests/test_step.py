@@ -40,15 +40,27 @@ ON_POLICY = {
     "grpo": ObjectiveConfig(name="grpo"),
 }
 BUDGETS = [1, 64, 150, 100_000]  # tokens a micro-batch: one sequence each … all of them together
-LAYOUTS = ["TP1", "TP2", "DP2"]
+ALONE = {
+    "TP1": ParallelConfig(),
+    "TP1, plain optimizer": ParallelConfig(distributed_optimizer=False),
+}
+TOGETHER = {
+    "TP2": ParallelConfig(tensor=2),
+    "TP2 with sequence parallelism": ParallelConfig(tensor=2, sequence=True),
+    "DP2": ParallelConfig(),
+    "DP2, plain optimizer": ParallelConfig(distributed_optimizer=False),
+}
+LAYOUTS = [*ALONE, *TOGETHER]
 Gradient = dict[str, np.ndarray]  # by the Hugging Face name of the parameter
 
 
-def _config(path: Path, objective: ObjectiveConfig, tensor: int, **optimizer: Any) -> Config:
+def _config(
+    path: Path, objective: ObjectiveConfig, layout: ParallelConfig, **optimizer: Any
+) -> Config:
     options = {"lr": LR, "tokens_per_microbatch": 64, "clip_norm": 0.5, "eps": EPS} | optimizer
     return Config(
         model=ModelConfig(path=str(path), dtype="float32"),
-        parallel=ParallelConfig(tensor=tensor),
+        parallel=layout,
         objective=objective,
         optimizer=OptimizerConfig(**options),
     )
@@ -69,25 +81,25 @@ def _groups() -> list[Sequence]:
     ]
 
 
-def _ours(paths: list[Path], layouts: list[int]) -> list[dict[str, Any]]:
-    """For each layout (a TP) what the tests below compare; the first path's model has a head."""
+def _ours(paths: list[Path], layouts: list[ParallelConfig]) -> list[dict[str, Any]]:
+    """For each layout what the tests below compare; the first path's model has a head."""
     from megatron_nft.policy import parallel
 
     results = []
     parallel.initialize(ParallelConfig(), seed=0)
-    for tensor in layouts:
-        parallel.lay_groups(ParallelConfig(tensor=tensor), seed=0)
+    for layout in layouts:
+        parallel.lay_groups(layout, seed=0)
         results.append(
             {
-                "steps": [[_step(path, o, tensor) for o in STEPS] for path in paths],
-                "on policy": _on_policy_gradients(paths[0], tensor),
+                "steps": [[_step(path, o, layout) for o in STEPS] for path in paths],
+                "on policy": _on_policy_gradients(paths[0], layout),
                 "budgets": [
-                    _gradient(paths[0], STEPS[0], tensor, random_sequences(13), budget)
+                    _gradient(paths[0], STEPS[0], layout, random_sequences(13), budget)
                     for budget in BUDGETS
                 ],
-                "one sequence": _gradient(paths[0], STEPS[0], tensor, random_sequences(1)),
+                "one sequence": _gradient(paths[0], STEPS[0], layout, random_sequences(1)),
                 "not finite": {
-                    field: _step_that_is_not_finite(paths[0], tensor, field)
+                    field: _step_that_is_not_finite(paths[0], layout, field)
                     for field in ("group_accuracy", "old_logp")
                 },
             }
@@ -109,9 +121,9 @@ def _weights(policy: Any) -> dict[str, np.ndarray]:
     return {n: t.numpy().copy() for n, t in stream(policy.model, policy.hf_config)}
 
 
-def _step(path: Path, objective: ObjectiveConfig, tensor: int) -> dict[str, Any]:
+def _step(path: Path, objective: ObjectiveConfig, layout: ParallelConfig) -> dict[str, Any]:
     """Log-probabilities, then loss, gradient norm and weights after one step of AdamW."""
-    policy = _policy(_config(path, objective, tensor))
+    policy = _policy(_config(path, objective, layout))
     sequences = random_sequences(13)
     logp, _ = policy.logp(sequences)
     metrics = policy.update(sequences, LR)
@@ -121,7 +133,7 @@ def _step(path: Path, objective: ObjectiveConfig, tensor: int) -> dict[str, Any]
 def _gradient(
     path: Path,
     objective: ObjectiveConfig,
-    tensor: int,
+    layout: ParallelConfig,
     sequences: list[Sequence],
     tokens_per_microbatch: int = 64,
     on_policy: bool = False,
@@ -134,7 +146,7 @@ def _gradient(
     eps, scale = 1e8, 1e4
     options = {"eps": eps, "weight_decay": 0.0, "clip_norm": 1e9}
     policy = _policy(
-        _config(path, objective, tensor, tokens_per_microbatch=tokens_per_microbatch, **options)
+        _config(path, objective, layout, tokens_per_microbatch=tokens_per_microbatch, **options)
     )
     if on_policy:
         logp, _ = policy.logp(sequences)
@@ -146,16 +158,16 @@ def _gradient(
     return {n: (before[n] - w) / scale for n, w in _weights(policy).items()}
 
 
-def _on_policy_gradients(path: Path, tensor: int) -> dict[str, Gradient]:
+def _on_policy_gradients(path: Path, layout: ParallelConfig) -> dict[str, Gradient]:
     return {
-        name: _gradient(path, objective, tensor, _groups(), on_policy=True)
+        name: _gradient(path, objective, layout, _groups(), on_policy=True)
         for name, objective in ON_POLICY.items()
     }
 
 
-def _step_that_is_not_finite(path: Path, tensor: int, field: str) -> dict[str, Any]:
+def _step_that_is_not_finite(path: Path, layout: ParallelConfig, field: str) -> dict[str, Any]:
     """What a NaN in a sequence's `field` raises and leaves behind, and the step after."""
-    policy = _policy(_config(path, STEPS[0], tensor))
+    policy = _policy(_config(path, STEPS[0], layout))
     good = random_sequences(13)
     bad = [*good[:-1], replace(good[-1], **{field: getattr(good[-1], field) * np.nan})]
     before = _weights(policy)
@@ -177,8 +189,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def ours(models: list[Path]) -> dict[str, dict[str, Any]]:
-    alone = run(_ours, 1, models, [1])[0]
-    together = run(_ours, 2, models, [2, 1])[0]
+    alone = run(_ours, 1, models, list(ALONE.values()))[0]
+    together = run(_ours, 2, models, list(TOGETHER.values()))[0]
     return dict(zip(LAYOUTS, alone + together, strict=True))
 
 

@@ -16,23 +16,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Sequences of similar length, padded to the longest: a [num_sequences, length] rectangle."""
-
-    gather: Tensor  # int64 [num_sequences · length], the packed row's token in each cell
-
-
 @dataclass
 class PackedRow(PackedSeqParams):
     """Megatron's description of a packed row, plus what our attention derives from it once.
 
-    `lengths` are the sequences' lengths in tokens, padding included, on the host.
+    A bucket holds sequences of similar length, padded to the longest: a rectangle of cells.
     """
 
-    lengths: tuple[int, ...] = ()
     positions: Tensor | None = None  # int64 [T], each token's position in its own sequence
-    buckets: list[tuple[int, Bucket]] = field(default_factory=list)  # (padded length, cells)
+    # (padded length, int64 [num_sequences · length]: the packed row's token in each cell)
+    buckets: list[tuple[int, Tensor]] = field(default_factory=list)
     scatter: Tensor | None = None  # int64 [T], each token's cell among all buckets' cells
     rope: tuple[Tensor, Tensor] | None = None  # cos, sin [T, 1, D], made by the first layer
 
@@ -52,9 +45,8 @@ def pack_row(lengths: tuple[int, ...], device: torch.device) -> PackedRow:
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        lengths=tuple(lengths),
         positions=positions.to(device),
-        buckets=[(length, Bucket(gather.to(device))) for length, gather in buckets],
+        buckets=[(length, gather.to(device)) for length, gather in buckets],
         scatter=scatter.to(device),
     )
 
@@ -131,9 +123,7 @@ class PackedAttention(torch.nn.Module):
         query, key = _rotate(query, *row.rope), _rotate(key, *row.rope)
         repeats = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        cells = [
-            self._attend(query, key, value, bucket.gather, length) for length, bucket in row.buckets
-        ]
+        cells = [self._attend(query, key, value, gather, length) for length, gather in row.buckets]
         return torch.cat(cells).index_select(0, row.scatter)
 
     def _attend(

@@ -30,7 +30,7 @@ class RunState:
     rollout: int = 0  # rollouts finished
     step: int = 0  # optimizer steps taken
     position: int = 0  # questions taken from the data
-    good_enough: bool = False  # evaluate.stop_at_accuracy was reached
+    accuracy: float = 0.0  # of the last evaluation, the mean over its sets
 
 
 def save(directory: Path, policy: Policy, state: RunState, keep: int) -> None:
@@ -92,7 +92,9 @@ def _sharded_state(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
 
 def _torch_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
     chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-    return [optimizer.optimizer for optimizer in chained]
+    inner = [optimizer.optimizer for optimizer in chained]
+    # Transformer Engine's Adam keeps its steps elsewhere, and Megatron makes its moments itself
+    return [optimizer for optimizer in inner if isinstance(optimizer, torch.optim.AdamW)]
 
 
 def _create_adam_state(policy: Policy) -> None:

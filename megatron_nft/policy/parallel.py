@@ -11,10 +11,6 @@ from megatron_nft.config import ParallelConfig
 from megatron_nft.policy import host
 
 
-def under_torchrun() -> bool:
-    return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -> None:
     """Join the job's processes and lay Megatron's groups over them; call under torchrun."""
     host.prepare()

@@ -21,6 +21,7 @@ class Tally:
     verdicts: Counter[Verdict] = field(default_factory=Counter)
     finishes: Counter[str] = field(default_factory=Counter)
     accuracies: Counter[float] = field(default_factory=Counter)  # of groups
+    failures: Counter[str] = field(default_factory=Counter)  # of the verifier
     num_tokens: int = 0
     num_groups: int = 0
 
@@ -35,6 +36,7 @@ class Tally:
         self.verdicts += other.verdicts
         self.finishes += other.finishes
         self.accuracies += other.accuracies
+        self.failures += other.failures
         self.num_tokens += other.num_tokens
         self.num_groups += other.num_groups
 
@@ -52,6 +54,8 @@ class Tally:
             "truncated_fraction": self.finishes["length"] / answers,
             "response_length_mean": self.num_tokens / answers,
             "groups_kept_fraction": self.num_mixed / max(1, self.num_groups),
+            "verifier_timeouts": self.failures["timeouts"],
+            "verifier_worker_deaths": self.failures["worker_deaths"],
         }
 
     def histogram(self) -> str:
@@ -94,7 +98,10 @@ def collect(
 
 
 def ask(
-    engine: ColocatedEngine, verifier: Verifier, problems: Sequence[Problem], sampling: Sampling
+    engine: ColocatedEngine,
+    verifier: Verifier | None,
+    problems: Sequence[Problem],
+    sampling: Sampling,
 ) -> tuple[list[Group], Tally]:
     """Sample and judge; collective, every rank gets all mixed groups in the problems' order.
 
@@ -102,11 +109,13 @@ def ask(
     """
     answered = engine.generate(problems, sampling)
     tally, mixed = Tally(), []
-    if engine.is_speaker:
+    if verifier:
+        before = Counter(verifier.counts)
         for index, group in _judge(answered, problems, verifier, engine.weights_version):
             tally.add(group)
             if group.is_mixed:
-                mixed.append((index, group))
+                mixed.append((index, _without_text(group)))
+        tally.failures = Counter(verifier.counts) - before
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, (mixed, tally))
     whole = Tally()
@@ -114,6 +123,11 @@ def ask(
         whole.merge(part)
     found = sorted((item for groups, _ in parts for item in groups), key=lambda item: item[0])
     return [group for _, group in found], whole
+
+
+def _without_text(group: Group) -> Group:
+    """What travels to all ranks; the text has been judged."""
+    return replace(group, responses=tuple(replace(r, text="") for r in group.responses))
 
 
 def _judge(

@@ -68,7 +68,6 @@ class ColocatedEngine:
         self._stop_ids = _stop_ids(self._llm, tokenizer)
         self.num_engines = dist.get_world_size() // rollout.tensor
         self.number = dist.get_rank() // rollout.tensor
-        self.is_speaker = dist.get_rank() % rollout.tensor == 0
         self.weights_version = -1
 
     def generate(
@@ -120,10 +119,12 @@ class ColocatedEngine:
         tokens = np.array(completion.token_ids, np.int32)
         logp = np.array(completion.logprobs.logprobs, np.float32)
         assert len(tokens) == len(logp), "vLLM returned another number of log-probabilities"
+        if completion.finish_reason not in ("stop", "length"):  # would pass for a wrong answer
+            raise RuntimeError(f"vLLM ended an answer with {completion.finish_reason!r}")
         return Response(
             tokens=tokens,
             logp=logp,
-            finish="stop" if completion.finish_reason == "stop" else "length",
+            finish=completion.finish_reason,
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
         )
 
