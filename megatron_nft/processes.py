@@ -37,6 +37,7 @@ def run(path: Path, overrides: Sequence[str]) -> int:
         others = ",".join(f"{rank}:3" for rank in range(1, num_processes))
         command += ["--redirects", others]
     command += ["-m", "megatron_nft", "train", str(path), *overrides]
+    print(f"starting {num_processes} processes; imports and the engine take a while", flush=True)
     # one thread each, unless the user says otherwise: what torchrun would do, without its notice
     environment = QUIET | {"OMP_NUM_THREADS": "1"} | os.environ
     return subprocess.run(command, env=environment).returncode

@@ -210,8 +210,9 @@ def verifier() -> Verifier:
         yield verifier
 
 
-def descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def workers_of(verifier: Verifier) -> list[psutil.Process]:
+    """Its own processes: other tests leave helpers of multiprocessing beside them."""
+    return [psutil.Process(worker.process.pid) for worker in verifier._workers]
 
 
 @pytest.mark.processes
@@ -267,20 +268,27 @@ def test_a_killed_process_loses_nothing(verifier: Verifier, victim: str) -> None
         verifier._cache.clear()
         verifier.judge([(r"\boxed{\frac{1}{2}}", "0.5")])
     deaths = verifier.counts["worker_deaths"]
-    workers = psutil.Process().children()
+    workers = workers_of(verifier)
     victims = {
         "judge": [workers[0].children()[0]],
         "worker": [workers[0]],
-        "all": descendants(),
+        "all": [p for w in workers for p in (w, *w.children(recursive=True))],
     }[victim]
     tag = {"judge": 13, "worker": 17, "all": 19}[victim]
     items = [(rf"\boxed{{\frac{{{i}}}{{{tag}}}}}", rf"\frac{{{i}}}{{{tag}}}") for i in range(200)]
     items.insert(0, (rf"\boxed{{{tag}^{{9^{{9^9}}}}}}", "72"))
     items.insert(1, (rf"\boxed{{{tag}^{{8^{{9^9}}}}}}", "72"))
-    timer = threading.Timer(0.3, lambda: [process.kill() for process in victims])
-    timer.start()
+
+    def strike() -> None:
+        while verifier._workers[0].task is None:  # busy from now on, until its deadline
+            time.sleep(0.01)
+        for process in victims:
+            process.kill()
+
+    killer = threading.Thread(target=strike)
+    killer.start()
     verdicts = verifier.judge(items)
-    timer.join()
+    killer.join()
     assert verdicts == [UNVERIFIABLE] * 2 + [CORRECT] * 200
     assert verifier.counts["worker_deaths"] > deaths
 
