@@ -268,21 +268,17 @@ def test_a_killed_process_loses_nothing(verifier: Verifier, victim: str) -> None
         verifier._cache.clear()
         verifier.judge([(r"\boxed{\frac{1}{2}}", "0.5")])
     deaths = verifier.counts["worker_deaths"]
-    workers = workers_of(verifier)
-    victims = {
-        "judge": [workers[0].children()[0]],
-        "worker": [workers[0]],
-        "all": [p for w in workers for p in (w, *w.children(recursive=True))],
-    }[victim]
     tag = {"judge": 13, "worker": 17, "all": 19}[victim]
     items = [(rf"\boxed{{\frac{{{i}}}{{{tag}}}}}", rf"\frac{{{i}}}{{{tag}}}") for i in range(200)]
     items.insert(0, (rf"\boxed{{{tag}^{{9^{{9^9}}}}}}", "72"))
     items.insert(1, (rf"\boxed{{{tag}^{{8^{{9^9}}}}}}", "72"))
 
     def strike() -> None:
-        while verifier._workers[0].task is None:  # busy from now on, until its deadline
-            time.sleep(0.01)
-        for process in victims:
+        workers = workers_of(verifier)
+        while verifier._workers[0].task is None or not workers[0].children():
+            time.sleep(0.01)  # then it is busy until its deadline, and so is its judge
+        family = {"judge": workers[0].children(), "worker": workers[:1], "all": workers}[victim]
+        for process in family:
             process.kill()
 
     killer = threading.Thread(target=strike)
