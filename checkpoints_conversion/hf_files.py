@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
@@ -35,7 +36,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         )
     try:
         hf_config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # transformers has no one type for values that it does not like
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{path / 'config.json'}: transformers refuses it: {error}") from error
     if hf_config.hidden_act != "silu":
         raise ValueError(f"model.path: {path} has hidden_act={hf_config.hidden_act!r}, not 'silu'")

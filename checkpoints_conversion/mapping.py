@@ -25,6 +25,11 @@ class Sizes:
     vocab_size: int  # the model's own, without padding
 
 
+def padded_vocab_size(vocab_size: int, num_ranks: int) -> int:
+    """The least multiple of TP; rows beyond the model's own never reach a softmax or a file."""
+    return -(-vocab_size // num_ranks) * num_ranks
+
+
 @dataclass(frozen=True)
 class Mapping(ABC):
     megatron: str
@@ -75,7 +80,7 @@ class Vocabulary(Mapping):
 
     def split(self, tensors: Sequence[Tensor], rank: int, num_ranks: int, sizes: Sizes) -> Tensor:
         (whole,) = tensors
-        padding = -whole.shape[0] % num_ranks
+        padding = padded_vocab_size(whole.shape[0], num_ranks) - whole.shape[0]
         return F.pad(whole, (0, 0, 0, padding)).chunk(num_ranks)[rank]
 
     def join(self, shards: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:

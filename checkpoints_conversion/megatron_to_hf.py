@@ -45,9 +45,12 @@ def _write(
     dtype = _write_shards(tensors, partial)
     _declare_dtype(partial / "config.json", dtype)
     check_weights(partial, hf_config)
+    old = out.with_name(out.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
     if out.exists():
-        shutil.rmtree(out)
+        out.rename(old)
     partial.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _carry_over(source: Path, out: Path) -> None:

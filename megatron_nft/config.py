@@ -96,7 +96,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    workers: int = 0  # 0: one a core
+    workers: int = 0  # of each engine; 0: its share of the machine's cores
     timeout_s: float = 10.0
     max_unverifiable_rate: float = 0.1
 

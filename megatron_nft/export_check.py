@@ -22,7 +22,7 @@ def check_export(policy: Policy, directory: Path, problems: Seq[Problem]) -> flo
         RuntimeError: it is larger than rounding can explain.
     """
     sequences = _probes(problems, policy.hf_config.vocab_size)
-    ours, _ = policy.logp(sequences)
+    ours = policy.logp(sequences)
     largest = torch.zeros(1, dtype=torch.float64)
     if dist.get_rank() == 0:
         theirs = _transformers_logp(directory, sequences, policy.config.rollout.temperature)

@@ -97,7 +97,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # of any type, as the libraries that read its files raise it
+    except Exception as error:  # of no narrower type: tokenizers raises Exception itself
         raise ValueError(
             f"model.path: {path} has no tokenizer that loads: {type(error).__name__}: {error}"
         ) from error

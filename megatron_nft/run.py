@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -18,7 +17,7 @@ from checkpoints_conversion import megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
 from checkpoints_conversion.stream import stream
 from megatron_nft import recipe
-from megatron_nft.config import Config
+from megatron_nft.config import Config, SourceConfig
 from megatron_nft.evaluate import evaluate
 from megatron_nft.export_check import check_export
 from megatron_nft.metrics import MetricsLog, PhaseTimer
@@ -34,13 +33,13 @@ from megatron_nft.verify.pool import Verifier
 logger = logging.getLogger("megatron_nft")
 
 
-class Run:
-    """A run from where it stands in its directory; a context manager that ends its processes."""
+class Run(ExitStack):
+    """A run from where it stands in its directory; leaving it ends what it started."""
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self.config = config
         self.directory = Path(config.run_dir)
-        self._exit = ExitStack()
         self.timer = PhaseTimer()
         self.is_main = dist.get_rank() == 0
         path = Path(config.model.path)
@@ -59,17 +58,6 @@ class Run:
             self.hand_over_weights()
         self._start_log()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._exit.__exit__(kind, error, traceback)
-
     @property
     def samples(self) -> bool:
         """False where the data's solutions stand in for sampled answers."""
@@ -87,7 +75,7 @@ class Run:
 
     # data
 
-    def _load(self, source: Any) -> list[Problem]:
+    def _load(self, source: SourceConfig) -> list[Problem]:
         loaded = load_problems(source, self.config.data, self.tokenizer)
         if self.is_main and (loaded.num_skipped or loaded.num_duplicates):
             logger.warning(
@@ -126,7 +114,7 @@ class Run:
         options = self.config.verify
         num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_workers = options.workers or max(1, len(os.sched_getaffinity(0)) // num_local)
-        return self._exit.enter_context(Verifier(replace(options, workers=num_workers)))
+        return self.enter_context(Verifier(replace(options, workers=num_workers)))
 
     def _check_verifier(self, what: str, rate: float) -> None:
         if rate > self.config.verify.max_unverifiable_rate:
@@ -147,7 +135,7 @@ class Run:
             max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
             seed=config.seed,
         )
-        self._exit.callback(engine.close)
+        self.callback(engine.close)
         return engine
 
     def hand_over_weights(self) -> None:
@@ -190,13 +178,13 @@ class Run:
             disable=not self.is_main,
             dynamic_ncols=True,
         )
-        self._exit.callback(self._bar.close)
+        self.callback(self._bar.close)
         if self.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             recipe.save(self.config, self.directory / "config.yaml")
             last = self.state.step if self.state.rollout else -1
             self._log = MetricsLog(self.directory, self.config.logging, last)
-            self._exit.enter_context(self._log)
+            self.enter_context(self._log)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a step's record to the run's metrics, and show how it goes."""

@@ -37,7 +37,7 @@ logger = logging.getLogger("megatron_nft")
 def train(config: Config) -> None:
     """Run the recipe to its end, from where it stands in its directory."""
     with Run(config) as run:
-        if run.state.step == 0 and run.eval_sets:
+        if run.state.step == 0 and run.evaluates_after(run.state):
             run.log({"step": 0, "rollout": 0, **run.evaluate()})
         while not run.is_finished:
             one_rollout(run)
@@ -89,7 +89,7 @@ def with_old_logp(
     if run.config.objective.name == "sft":  # takes no ratio
         return list(zip(groups, per_group, strict=True)), {}
     flat = [sequence for sequences in per_group for sequence in sequences]
-    logp, _ = run.policy.logp(flat)
+    logp = run.policy.logp(flat)
     measured = drift(flat, logp)
     if measured["logp_delta_mean"] > run.config.rollout.drift_warn:
         logger.warning(

@@ -4,7 +4,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
-import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,27 +22,24 @@ def run(function: Callable[..., Any], num_processes: int, *args: Any) -> list[An
         process.start()
         sender.close()  # the child's end alone: when it dies, the pipe ends
     try:
-        return _receive_all([pipe[0] for pipe in pipes], processes)
+        return _receive_all([pipe[0] for pipe in pipes])
     finally:
         for process in processes:
             process.join(timeout=20)
             process.kill()
 
 
-def _receive_all(
-    pipes: list[Connection], processes: list[multiprocessing.process.BaseProcess]
-) -> list[Any]:
+def _receive_all(pipes: list[Connection]) -> list[Any]:
     """Whoever fails first is the one to report: the others only lose their peer."""
     results: dict[Connection, Any] = {}
     while len(results) < len(pipes):
         waiting = [pipe for pipe in pipes if pipe not in results]
         for pipe in multiprocessing.connection.wait(waiting, timeout=1.0):
             try:
-                error, results[pipe] = pipe.recv()
+                results[pipe] = pipe.recv()
             except EOFError:
-                error = f"{processes[pipes.index(pipe)].name} died"
-            if error:
-                raise RuntimeError(error)
+                rank = pipes.index(pipe)
+                raise RuntimeError(f"rank {rank} failed; its traceback is on stderr") from None
     return [results[pipe] for pipe in pipes]
 
 
@@ -63,11 +59,7 @@ def _child(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    try:
-        result = (None, function(*args))
-    except BaseException:  # noqa: BLE001 - whatever it was, the parent must hear of it
-        result = (f"rank {rank}:\n{traceback.format_exc()}", None)
-    pipe.send(result)
+    pipe.send(function(*args))
 
 
 def _free_port() -> int:

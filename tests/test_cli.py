@@ -288,7 +288,7 @@ def test_help_says_what_can_be_given(name: str, words: list[str]) -> None:
 def test_a_report_of_no_run(root: Path) -> None:
     done = command("report", "model")
     assert done.returncode == 2
-    expected = "megatron-nft: error: model holds no metrics.jsonl; give a run's directory\n"
+    expected = "megatron-nft: error: model has no metrics.jsonl: is it a run directory?\n"
     assert done.stderr == expected
     assert not (root / "model" / "report.png").exists()
 

@@ -57,7 +57,7 @@ def _sample_after_updates(path: Path, tensor: int, num_updates: int) -> list[dic
         sequences = [
             Sequence(p.prompt_tokens, r.tokens, r.logp, r.logp, True, 0.5) for p, _, _, r in whole
         ]
-        logp, _ = policy.logp(sequences)
+        logp = policy.logp(sequences)
         deltas = [np.abs(a - s.logp).max() for a, s in zip(logp, sequences, strict=True)]
         samples = {(i, k): r.tokens.tolist() for _, i, k, r in whole}
         found.append({"delta": float(max(deltas)), "samples": samples})

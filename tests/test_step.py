@@ -125,7 +125,7 @@ def _step(path: Path, objective: ObjectiveConfig, layout: ParallelConfig) -> dic
     """Log-probabilities, then loss, gradient norm and weights after one step of AdamW."""
     policy = _policy(_config(path, objective, layout))
     sequences = random_sequences(13)
-    logp, _ = policy.logp(sequences)
+    logp = policy.logp(sequences)
     metrics = policy.update(sequences, LR)
     return {"logp": logp, "weights": _weights(policy), **metrics}
 
@@ -149,7 +149,7 @@ def _gradient(
         _config(path, objective, layout, tokens_per_microbatch=tokens_per_microbatch, **options)
     )
     if on_policy:
-        logp, _ = policy.logp(sequences)
+        logp = policy.logp(sequences)
         sequences = [replace(s, old_logp=p) for s, p in zip(sequences, logp, strict=True)]
     before = _weights(policy)
     metrics = policy.update(sequences, lr=eps * scale)

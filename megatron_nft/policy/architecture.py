@@ -13,6 +13,8 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import PretrainedConfig
 
+from checkpoints_conversion.families import sizes_of
+from checkpoints_conversion.mapping import padded_vocab_size
 from megatron_nft.config import ModelConfig, ParallelConfig
 from megatron_nft.policy import host
 from megatron_nft.policy.attention import PackedAttention
@@ -25,14 +27,13 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the same network, in the recipe's layout and dtype."""
     dtype = DTYPES[model.dtype]
-    head_dim = getattr(hf_config, "head_dim", None)
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
         ffn_hidden_size=hf_config.intermediate_size,
         num_attention_heads=hf_config.num_attention_heads,
         num_query_groups=hf_config.num_key_value_heads,
-        kv_channels=head_dim or hf_config.hidden_size // hf_config.num_attention_heads,
+        kv_channels=sizes_of(hf_config).head_dim,
         layernorm_epsilon=hf_config.rms_norm_eps,
         normalization="RMSNorm",
         activation_func=F.silu,
@@ -78,38 +79,24 @@ def build_model(hf_config: PretrainedConfig, config: TransformerConfig) -> list[
     return [model.to(host.device())]
 
 
-def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """The least multiple of TP; rows beyond the model's own never reach a softmax or a file."""
-    return -(-vocab_size // tensor) * tensor
-
-
 def block_spec(
     hf_config: PretrainedConfig, config: TransformerConfig
 ) -> TransformerBlockSubmodules:
     """Megatron's local layer with our attention and a norm that knows sequence parallelism."""
-    inv_freq, rope_scale = rope_frequencies(hf_config)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
-        module=PackedAttention, params={"inv_freq": inv_freq, "rope_scale": rope_scale}
+        module=PackedAttention, params={"inv_freq": rope_frequencies(hf_config)}
     )
     num_layers = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def rope_frequencies(hf_config: PretrainedConfig) -> tuple[torch.Tensor, float]:
-    """The rotary frequencies float32 [D/2] and the factor on cos and sin.
-
-    Raises:
-        ValueError: a rope type other than the default one.
-    """
-    rope = hf_config.rope_parameters
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope type {rope['rope_type']!r} is unsupported; supported: 'default'")
-    dim = getattr(hf_config, "head_dim", None)
-    dim = dim or hf_config.hidden_size // hf_config.num_attention_heads
-    return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim), 1.0
+def rope_frequencies(hf_config: PretrainedConfig) -> torch.Tensor:
+    """The rotary frequencies float32 [D/2] of the default rope, all that read_hf_config lets in."""
+    theta, dim = hf_config.rope_parameters["rope_theta"], sizes_of(hf_config).head_dim
+    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -82,7 +82,6 @@ class PackedAttention(torch.nn.Module):
 
     Args:
         inv_freq: float32 [D/2], the rotary frequencies of the model's own configuration.
-        rope_scale: factor on cos and sin (1 unless the rope type scales attention).
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class PackedAttention(torch.nn.Module):
         attention_type: str,
         *,
         inv_freq: Tensor,
-        rope_scale: float = 1.0,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
@@ -102,7 +100,6 @@ class PackedAttention(torch.nn.Module):
         super().__init__()
         assert config.context_parallel_size == 1, "context parallelism: not in this attention yet"
         self.softmax_scale = softmax_scale
-        self.rope_scale = rope_scale
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(
@@ -145,10 +142,7 @@ class PackedAttention(torch.nn.Module):
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         angles = torch.outer(positions.float(), self.inv_freq.to(positions.device).float())
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return (
-            (angles.cos() * self.rope_scale).to(dtype),
-            (angles.sin() * self.rope_scale).to(dtype),
-        )
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class Policy:
         return self.chunks[0]
 
     @torch.no_grad()
-    def logp(self, sequences: Seq[Sequence]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Log-probabilities and entropies of the response tokens of every sequence.
+    def logp(self, sequences: Seq[Sequence]) -> list[np.ndarray]:
+        """Log-probabilities of the response tokens of every sequence.
 
         Collective. All ranks pass the same sequences and get the same float32 [T] arrays back, in
         the sequences' order.
@@ -65,13 +65,12 @@ class Policy:
         weights = [0.0] * len(sequences)
         outputs = self._run_schedule(sequences, mine, weights, forward_only=True)
         found = {
-            index: pair
+            index: logp
             for indices, output in zip(mine, outputs, strict=True)
-            for index, pair in zip(indices, _split(output, sequences, indices), strict=True)
+            for index, logp in zip(indices, _split(output, sequences, indices), strict=True)
         }
         whole = {k: v for part in _gather_over_data_parallel(found) for k, v in part.items()}
-        logp, entropy = zip(*(whole[i] for i in range(len(sequences))), strict=True)
-        return list(logp), list(entropy)
+        return [whole[i] for i in range(len(sequences))]
 
     def update(self, sequences: Seq[Sequence], lr: float) -> dict[str, Any]:
         """One optimizer step on the mini-batch; collective, all ranks pass the same sequences.
@@ -196,7 +195,7 @@ class Policy:
         logp, entropy = output
         unused_count = torch.zeros((), dtype=torch.int, device=output.device)
         if not with_objective:
-            return logp.sum(), unused_count, output.detach().cpu().numpy()
+            return logp.sum(), unused_count, logp.detach().cpu().numpy()
         options = self.config.objective
         result = OBJECTIVES[options.name](batch.batch, logp, options)
         loss = (result.loss * batch.token_weights).sum()
@@ -251,13 +250,10 @@ def _add_up_gradients(model: list[torch.nn.Module], _num_tokens: Tensor | None, 
     finalize_model_grads(model, None, **kw)
 
 
-def _split(
-    output: np.ndarray, sequences: Seq[Sequence], indices: list[int]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A micro-batch's [2, R] back into its sequences' (logp, entropy)."""
+def _split(logp: np.ndarray, sequences: Seq[Sequence], indices: list[int]) -> list[np.ndarray]:
+    """A micro-batch's [R] back into its sequences; none of an empty one."""
     cuts = np.cumsum([len(sequences[i].response) for i in indices])[:-1]
-    logp, entropy = (np.split(part, cuts) for part in output)
-    return list(zip(logp, entropy, strict=True))[: len(indices)]
+    return np.split(logp, cuts)[: len(indices)]
 
 
 def _merge(parts: list[list[dict[str, np.ndarray]]]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import functools
 import logging
 import re
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from types import CodeType, ModuleType
 from typing import Any
@@ -95,11 +97,16 @@ def decide_unparsed(extracted: str | None, gold: str) -> Verdict | None:
 
 def _decide_parsed(extracted: str, gold: str) -> Verdict:
     num_before = num_exhausted()
-    try:
-        golds, answers = _readings(_gold_text(gold)), _readings(extracted)
-        if _any_equal(golds, answers):
+    golds = _tried(lambda: _readings(_gold_text(gold)))
+    answers = _tried(lambda: _readings(extracted))
+    if golds is None or answers is None:
+        return Verdict.UNVERIFIABLE
+    outcomes = set()
+    for pair in product(golds, answers):
+        outcomes.add(_tried(partial(_equal, *pair)))
+        if True in outcomes:
             return Verdict.CORRECT
-    except Exception:  # noqa: BLE001 - whatever math-verify raises, it could not tell
+    if None in outcomes:  # a pair that could not be compared may have been equal
         return Verdict.UNVERIFIABLE
     gold_was_read = any(not isinstance(reading, str) for reading in golds)
     if gold_was_read and num_exhausted() == num_before:
@@ -107,18 +114,19 @@ def _decide_parsed(extracted: str, gold: str) -> Verdict:
     return Verdict.UNVERIFIABLE
 
 
-def _any_equal(golds: list[Any], answers: list[Any]) -> bool:
-    """True if any pair is equal; otherwise raises the first error met, if any."""
-    error = None
-    for gold, answer in product(golds, answers):
-        try:
-            if _math_verify().verify(gold, answer, timeout_seconds=None, raise_on_error=True):
-                return True
-        except Exception as e:  # noqa: BLE001 - another pair may still be equal
-            error = error or e
-    if error:
-        raise error
-    return False
+def _tried(ask: Callable[[], Any]) -> Any:
+    """What math-verify says, or None where it raised: it could not tell, and that is no "wrong".
+
+    sympy and its LaTeX parser raise any type on text that they do not understand.
+    """
+    try:
+        return ask()
+    except Exception:  # noqa: BLE001 - see above
+        return None
+
+
+def _equal(gold: Any, answer: Any) -> bool:
+    return _math_verify().verify(gold, answer, timeout_seconds=None, raise_on_error=True)
 
 
 def _readings(text: str) -> list[Any]:
