@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,14 +19,16 @@ SHARD_BYTES = 5_000_000_000
 CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # beside the weights
 
 
-def export(model: GPTModel, hf_config: PretrainedConfig, source: Path, out: Path) -> None:
+def export(
+    chunks: Sequence[GPTModel], hf_config: PretrainedConfig, source: Path, out: Path
+) -> None:
     """Write the model as a Hugging Face directory; collective, rank 0 writes.
 
     `source` is the directory that the model came from: its configuration, tokenizer and chat
     template are carried over. `out` appears under its name only when complete and checked; an
     earlier export there is replaced then.
     """
-    tensors = stream(model, hf_config)
+    tensors = stream(chunks, hf_config)
     if dist.get_rank() == 0:
         _write(tensors, hf_config, source, out)
     else:

@@ -13,17 +13,43 @@ OBJECTIVE_NAMES = ("nft", "rft", "grpo", "dr_grpo", "dapo", "sft")
 @dataclass(frozen=True)
 class ModelConfig:
     path: str = ""  # a Hugging Face directory
-    dtype: str = "bfloat16"  # bfloat16 | float32
+    dtype: str = "bfloat16"  # bfloat16 (gradients are added up in float32) | float32
+    layers: str = "auto"  # auto: Transformer Engine's where it can run | transformer_engine | torch
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
+    virtual_pipeline: int = 1  # model chunks a pipeline rank (interleaved schedule)
     context: int = 1
     sequence: bool = False  # Megatron's sequence parallelism, over the tensor ranks
     distributed_optimizer: bool = True
     num_processes: int = 0  # on this machine; 0: one a GPU, or the least the layout needs
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """What is computed again or moved away so that a model fits."""
+
+    recompute: str = "none"  # activations in backward: none | selective | full (whole layers)
+    recompute_modules: list[str] = field(default_factory=lambda: ["mlp"])  # core_attn, mlp, …
+    offload: bool = False  # gradients, optimizer: off the GPU while the engine samples
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    """Transformer Engine's FP8 matmuls; the names are those of Megatron's TransformerConfig."""
+
+    format: str = "off"  # off | e4m3 | hybrid (e5m2 in backward)
+    recipe: str = "blockwise"  # Hopper: tensorwise, blockwise, delayed; Blackwell: mxfp8
+    margin: int = 0  # delayed: bits kept free above the greatest value seen
+    amax_history_len: int = 1024  # delayed
+    amax_compute_algo: str = "max"  # delayed: max | most_recent
+    wgrad: bool = True  # weight gradients by FP8 matmuls too
+    first_last_layers_bf16: bool = False
+    num_layers_at_start_in_bf16: int = 1
+    num_layers_at_end_in_bf16: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +117,7 @@ class OptimizerConfig:
     warmup_rollouts: int = 10
     questions_per_minibatch: int = 32
     epochs: int = 1
-    tokens_per_microbatch: int = 16384
+    tokens_per_microbatch: int = 16384  # over the context-parallel ranks together
 
 
 @dataclass(frozen=True)
@@ -131,6 +157,8 @@ class Config:
     rollouts: int = 320
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

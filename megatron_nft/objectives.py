@@ -27,6 +27,16 @@ class TokenBatch:
     sequence_ids: Tensor  # int64 [T], 0..num_sequences-1, which sequence the token belongs to
     num_sequences: int
 
+    def select(self, tokens: Tensor) -> "TokenBatch":
+        """Some of the tokens, by index int64 [t]."""
+        return TokenBatch(
+            old_logp=self.old_logp[tokens],
+            correct=self.correct[tokens],
+            group_accuracy=self.group_accuracy[tokens],
+            sequence_ids=self.sequence_ids[tokens],
+            num_sequences=self.num_sequences,
+        )
+
 
 @dataclass(frozen=True)
 class TokenLoss:
@@ -37,6 +47,12 @@ class TokenLoss:
 
 
 Objective = Callable[[TokenBatch, Tensor, ObjectiveConfig], TokenLoss]
+
+
+def is_per_token(options: ObjectiveConfig) -> bool:
+    """True where a token's loss depends on no other token's log-probability."""
+    return not (options.name == "nft" and options.ratio == "sequence")
+
 
 OMEGAS: dict[str, Callable[[Tensor], Tensor]] = {  # ω(r̂); official `normalize` 0, 1, 2
     "uniform": torch.ones_like,
@@ -55,8 +71,7 @@ def nft(batch: TokenBatch, logp: Tensor, options: ObjectiveConfig) -> TokenLoss:
 
     `ratio: sequence` puts the product of a sequence's ratios, exp(min(Σ_t log R_t, 10)), in R's
     place. The official code counts such a sequence once; here each of its n tokens carries 1/n of
-    the loss, so that the sum over tokens is the same. It needs whole sequences: a rank that sees
-    only a part of one would sum only that part.
+    the loss, so that the sum over tokens is the same. It needs whole sequences.
 
     `logp` is float32 [T]. Metrics: `ratio`; `clip_fraction`, 1 for a wrong token below ε and 0 for
     every other token (divide its mean by that of 1−r for the fraction of the wrong tokens).

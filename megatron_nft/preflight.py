@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from checkpoints_conversion.hf_files import check_weights, read_hf_config
 from megatron_nft import recipe
 from megatron_nft.config import Config, SourceConfig
+from megatron_nft.policy.host import has_cuda
 from megatron_nft.policy.layout import check_layout
 from megatron_nft.problems import load_problems
 
@@ -24,6 +25,7 @@ def check(config: Config, num_processes: int) -> None:
         ValueError: a model, a layout, a data file or a run directory that cannot be used.
     """
     check_run_directory(config)
+    check_transformer_engine(config)
     path = Path(config.model.path)
     hf_config = read_hf_config(path)
     check_layout(hf_config, config.parallel, num_processes)
@@ -65,6 +67,25 @@ def check_run_directory(config: Config) -> None:
             f"run_dir: {config.run_dir} belongs to a run with other values of {', '.join(changed)};"
             " give another run_dir, or the values that it was begun with"
         )
+
+
+def check_transformer_engine(config: Config) -> None:
+    """Refuse what only Transformer Engine computes, on a host that cannot run it."""
+    recomputed = config.memory.recompute_modules if config.memory.recompute == "selective" else []
+    wanted = {
+        "memory.recompute_modules with layernorm": "layernorm" in recomputed,
+        "model.layers=transformer_engine": config.model.layers == "transformer_engine",
+        f"fp8.format={config.fp8.format}": config.fp8.format != "off",
+    }
+    lacking = "CUDA" if not has_cuda() else "the package transformer_engine"
+    if has_cuda() and find_spec("transformer_engine") is not None:
+        return
+    for what, is_wanted in wanted.items():
+        if is_wanted:
+            raise ValueError(
+                f"{what} needs a GPU and Transformer Engine, and this host lacks {lacking}; "
+                "take model.layers=auto, fp8.format=off and no layernorm, or another host"
+            )
 
 
 def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:

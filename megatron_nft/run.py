@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from checkpoints_conversion import megatron_to_hf
+from checkpoints_conversion import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
 from checkpoints_conversion.stream import stream
 from megatron_nft import recipe
@@ -51,9 +52,11 @@ class Run(ExitStack):
             (s.name or Path(s.path).stem, self._load(s), s.samples) for s in config.evaluate.sets
         ]
         hf_config = read_hf_config(path)
-        self.policy = Policy(config, hf_config)
+        fill = partial(hf_to_megatron.load, path=path, hf_config=hf_config)
+        self.policy = Policy(config, hf_config, fill)
         self.state = self._resume()
-        self.engine = self._start_engine() if self.samples or self.eval_sets else None
+        with self.policy.memory_lent():
+            self.engine = self._start_engine() if self.samples or self.eval_sets else None
         if self.engine:
             self.hand_over_weights()
         self._start_log()
@@ -92,7 +95,8 @@ class Run(ExitStack):
         options = self.config.rollout
         if not self.samples:
             return [_solution(p) for p in self.order.take(options.questions)], None
-        groups, tally = collect(self._ask, self.order.take, options)
+        with self.policy.memory_lent():
+            groups, tally = collect(self._ask, self.order.take, options)
         self._check_verifier("rollout", tally.metrics()["unverifiable_rate"])
         return groups, tally
 
@@ -141,12 +145,13 @@ class Run(ExitStack):
     def hand_over_weights(self) -> None:
         """Stream the policy's weights into the engine, unless it has them; collective."""
         if self.engine and self.engine.weights_version != self.policy.num_updates:
-            weights = stream(self.policy.model, self.policy.hf_config)
+            weights = stream(self.policy.chunks, self.policy.hf_config)
             self.engine.load_weights(weights, version=self.policy.num_updates)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the held-out sets; collective."""
-        metrics = evaluate(self.engine, self.verifier, self.eval_sets, self.config)
+        with self.policy.memory_lent():
+            metrics = evaluate(self.engine, self.verifier, self.eval_sets, self.config)
         for key, value in metrics.items():
             if key.endswith("/unverifiable_rate"):
                 self._check_verifier(key, value)
@@ -210,7 +215,7 @@ class Run(ExitStack):
     def export(self) -> None:
         """Leave the policy as a Hugging Face directory, `hf`; collective."""
         source, out = Path(self.config.model.path), self.directory / "hf"
-        megatron_to_hf.export(self.policy.model, self.policy.hf_config, source, out)
+        megatron_to_hf.export(self.policy.chunks, self.policy.hf_config, source, out)
         if self.config.checkpoint.check_export:
             largest = check_export(self.policy, out, self.problems)
             if self.is_main:

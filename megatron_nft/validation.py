@@ -40,6 +40,12 @@ POSITIVE_SHARE = Range(0, 1, low_open=True)
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
+    "model.layers": ("auto", "transformer_engine", "torch"),
+    "memory.recompute": ("none", "selective", "full"),
+    "memory.recompute_modules[]": ("core_attn", "mlp", "layernorm"),
+    "fp8.format": ("off", "e4m3", "hybrid"),
+    "fp8.recipe": ("tensorwise", "blockwise", "delayed", "mxfp8"),
+    "fp8.amax_compute_algo": ("max", "most_recent"),
     "data.template": tuple(TEMPLATES),
     "data.on_long_prompt": ("error", "skip"),
     "data.on_bad_row": ("error", "skip"),
@@ -55,8 +61,13 @@ RANGES: dict[str, Range] = {
     "rollouts": AT_LEAST_ONE,
     "parallel.tensor": AT_LEAST_ONE,
     "parallel.pipeline": AT_LEAST_ONE,
+    "parallel.virtual_pipeline": AT_LEAST_ONE,
     "parallel.context": AT_LEAST_ONE,
     "parallel.num_processes": NOT_NEGATIVE,
+    "fp8.margin": NOT_NEGATIVE,
+    "fp8.amax_history_len": AT_LEAST_ONE,
+    "fp8.num_layers_at_start_in_bf16": NOT_NEGATIVE,
+    "fp8.num_layers_at_end_in_bf16": NOT_NEGATIVE,
     "data.train[].samples": AT_LEAST_ONE,
     "data.max_prompt_tokens": AT_LEAST_ONE,
     "objective.epsilon": POSITIVE_SHARE,
@@ -145,6 +156,7 @@ def _was(key: str, value: Any, may_be: str) -> str:
 
 def _rules_between_keys(config: Config) -> Iterator[str]:
     yield from _parallel_rules(config)
+    yield from _precision_rules(config)
     yield from _batch_rules(config)
     yield from _evaluation_rules(config)
     if not config.data.train:
@@ -161,6 +173,35 @@ def _parallel_rules(config: Config) -> Iterator[str]:
         yield _was("parallel.num_processes", parallel.num_processes, may_be)
     if parallel.sequence and parallel.tensor == 1:
         yield _was("parallel.sequence", True, "true only where parallel.tensor is above 1")
+    if parallel.virtual_pipeline > 1 and parallel.pipeline == 1:
+        may_be = "1 where parallel.pipeline is 1: there is no pipeline to interleave"
+        yield _was("parallel.virtual_pipeline", parallel.virtual_pipeline, may_be)
+    if config.memory.recompute == "selective" and not config.memory.recompute_modules:
+        yield _was("memory.recompute_modules", [], "not empty where memory.recompute is selective")
+
+
+def _precision_rules(config: Config) -> Iterator[str]:
+    model, fp8 = config.model, config.fp8
+    if config.memory.offload and model.dtype == "float32":
+        may_be = "false with model.dtype=float32: weights and optimizer share one memory there"
+        yield _was("memory.offload", True, may_be)
+    if fp8.format == "off":
+        return
+    if model.dtype != "bfloat16":
+        yield _was("model.dtype", model.dtype, f"bfloat16 where fp8.format is {fp8.format}")
+    if model.layers == "torch":
+        may_be = f"auto or transformer_engine where fp8.format is {fp8.format}"
+        yield _was("model.layers", model.layers, may_be)
+    if fp8.first_last_layers_bf16 and fp8.recipe == "delayed":
+        may_be = "false with fp8.recipe=delayed (Megatron-Core refuses it)"
+        yield _was("fp8.first_last_layers_bf16", True, may_be)
+    if fp8.recipe == "delayed" and "layernorm" in _recomputed(config):
+        may_be = "without layernorm where fp8.recipe is delayed (Megatron-Core refuses it)"
+        yield _was("memory.recompute_modules", config.memory.recompute_modules, may_be)
+
+
+def _recomputed(config: Config) -> list[str]:
+    return config.memory.recompute_modules if config.memory.recompute == "selective" else []
 
 
 def _batch_rules(config: Config) -> Iterator[str]:

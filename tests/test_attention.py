@@ -6,7 +6,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_nft.policy.attention import PackedAttention, PackedRow, pack_row
+from megatron_nft.policy import attention
+from megatron_nft.policy.attention import PackedAttention
+from megatron_nft.policy.packed_row import PackedRow, pack_row
 
 HEAD_DIM = 16
 THETA = 10000.0
@@ -86,6 +88,116 @@ def test_equals_softmax_attention_of_each_sequence(
         assert float((a.grad.double() - b.grad).norm()) <= 1e-6 * scale
 
 
+def _shared_outputs(
+    monkeypatch: pytest.MonkeyPatch,
+    inputs: list[Tensor],
+    lengths: tuple[int, ...],
+    num_ranks: int,
+) -> Tensor:
+    """What all context-parallel ranks make of their shares, put together as the whole row.
+
+    The gathering, which is Megatron's, is done by hand: rotated keys and values, rank by rank.
+    """
+    query, key, value = inputs
+    module = _attention(query.shape[1], key.shape[1])
+    module.is_shared = True
+    rows = [pack_row(lengths, CPU, rank, num_ranks) for rank in range(num_ranks)]
+    keys = [
+        attention._rotate(key[row.tokens], *module._rope(row.positions, key.dtype)) for row in rows
+    ]
+    values = [value[row.tokens] for row in rows]
+    monkeypatch.setattr(attention, "_gather", lambda *_: (torch.cat(keys), torch.cat(values)))
+    outputs = [
+        module(query[row.tokens], key[row.tokens], value[row.tokens], packed_seq_params=row)
+        for row in rows
+    ]
+    order = torch.cat([row.tokens for row in rows])
+    return torch.cat(outputs)[torch.argsort(order)]
+
+
+SHARED_LENGTHS = {"unequal": (16, 48, 8, 8, 112, 24), "one sequence": (64,), "equal": (8, 8, 8)}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("name", SHARED_LENGTHS)
+@pytest.mark.parametrize("kernel", ["sdpa", "varlen"])
+def test_context_parallel_ranks_together_equal_softmax_attention(
+    monkeypatch: pytest.MonkeyPatch, name: str, num_ranks: int, kernel: str
+) -> None:
+    lengths = SHARED_LENGTHS[name]
+    if kernel == "varlen":
+        _use_varlen(monkeypatch)
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(sum(lengths), heads, HEAD_DIM, generator=rng) for heads in (4, 2, 2)]
+    grad = torch.randn(sum(lengths), 4 * HEAD_DIM, generator=rng)
+    ours = [x.clone().requires_grad_() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+    out = _shared_outputs(monkeypatch, ours, lengths, num_ranks)
+    expected = _oracle(*exact, lengths)
+    out.backward(grad)
+    expected.backward(grad.double())
+    assert _error(out, expected) <= 1e-6
+    for a, b in zip(ours, exact, strict=True):
+        assert _error(a.grad, b.grad) <= 1e-6
+
+
+def _use_varlen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of a GPU, with its kernel's semantics in plain torch."""
+    monkeypatch.setattr(
+        PackedAttention,
+        "_attend_cells",
+        lambda self, q, k, v, row: self._attend_varlen(q, k, v, row),
+    )
+    monkeypatch.setattr(attention.varlen, "varlen_attn", _varlen_attn)
+
+
+def _varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """torch's documented semantics: causal from the lower right corner, heads in groups."""
+    assert enable_gqa
+    assert window_size == (-1, 0)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    scale = scale or query.shape[-1] ** -0.5
+    repeats = query.shape[1] // key.shape[1]
+    outputs = []
+    for q, k, v in zip(
+        query.split(cu_seq_q.diff().tolist()),
+        key.split(cu_seq_k.diff().tolist()),
+        value.split(cu_seq_k.diff().tolist()),
+        strict=True,
+    ):
+        k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        hidden = torch.ones(len(q), len(k), dtype=torch.bool).triu(1 + len(k) - len(q))
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqk,khd->qhd", weights, v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_gpus_kernel_is_given_the_same_sequences(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    lengths = LENGTHS[name]
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(sum(lengths), heads, HEAD_DIM, generator=rng) for heads in (4, 2, 2)]
+    _use_varlen(monkeypatch)
+    out = _attention(4, 2)(*inputs, packed_seq_params=pack_row(lengths, CPU))
+    assert _error(out, _oracle(*(x.double() for x in inputs), lengths)) <= 1e-6
+
+
 def test_layers_share_one_rope() -> None:
     row = pack_row((3, 4), CPU)
     x = torch.randn(7, 2, HEAD_DIM)
@@ -109,29 +221,53 @@ def _random_rows() -> list[PackedRow]:
     return [pack_row(tuple(x), CPU) for x in (*lengths, *map(list, LENGTHS.values()))]
 
 
+def _shares() -> list[tuple[PackedRow, int, int]]:
+    """Rows of every number of context-parallel ranks, with rank and number of ranks."""
+    rng = torch.Generator().manual_seed(0)
+    counts = (1, 2, 7, 40)
+    lengths = [(16 * torch.randint(1, 20, (n,), generator=rng)).tolist() for n in counts]
+    return [
+        (pack_row(tuple(x), CPU, rank, num_ranks), rank, num_ranks)
+        for x in lengths
+        for num_ranks in (2, 4, 8)
+        for rank in range(num_ranks)
+    ]
+
+
 def test_buckets_hold_every_token_once() -> None:
-    for row in _random_rows():
-        num_tokens = int(row.cu_seqlens_q[-1])
-        cells = torch.cat([gather for _, gather in row.buckets])
+    for row in [*_random_rows(), *(row for row, _, _ in _shares())]:
+        num_tokens = len(row.positions)
+        cells = torch.cat([bucket.queries.flatten() for bucket in row.buckets])
         assert torch.equal(cells[row.scatter], torch.arange(num_tokens))
         assert len(row.scatter.unique()) == num_tokens
-        assert sum(len(gather) // length for length, gather in row.buckets) == (
-            len(row.cu_seqlens_q) - 1
-        )
 
 
 def test_a_bucket_row_is_one_sequence_and_less_than_a_third_is_padding() -> None:
     for row in _random_rows():
         ends = row.cu_seqlens_q[1:].tolist()
         starts = row.cu_seqlens_q[:-1].tolist()
-        for length, gather in row.buckets:
-            num_real = 0
-            for cells in gather.view(-1, length).tolist():
+        assert sum(len(bucket.keys) for bucket in row.buckets) == len(starts)
+        for bucket in row.buckets:
+            assert bucket.mask is None
+            assert torch.equal(bucket.queries, bucket.keys)
+            num_real, length = 0, bucket.keys.shape[1]
+            for cells in bucket.keys.tolist():
                 end = ends[starts.index(cells[0])]
                 own = list(range(cells[0], end))
                 assert cells == own + [end - 1] * (length - len(own))
                 num_real += len(own)
-            assert 3 * (gather.numel() - num_real) < gather.numel()
+            assert 3 * (bucket.keys.numel() - num_real) < bucket.keys.numel()
+
+
+def test_context_parallel_ranks_have_equal_work() -> None:
+    """Equal tokens, and equal pairs of a query and a key that it sees."""
+    lengths = (32, 16, 48)
+    pairs = set()
+    for rank in range(4):
+        row = pack_row(lengths, CPU, rank, 4)
+        assert len(row.positions) == sum(lengths) // 4
+        pairs.add(int((row.positions + 1).sum()))
+    assert len(pairs) == 1
 
 
 def test_a_row_says_where_its_sequences_lie() -> None:

@@ -150,6 +150,22 @@ MISTAKES = {
         ("parallel.tensor=4 does not divide the model's 2 key-value heads",),
         overrides=("parallel.tensor=4",),
     ),
+    "stages that do not divide the layers": Mistake(
+        ("parallel.pipeline=2 · parallel.virtual_pipeline=2 does not divide the model's 2 layers",),
+        overrides=("parallel.pipeline=2", "parallel.virtual_pipeline=2"),
+    ),
+    "FP8 on a CPU host": Mistake(
+        ("fp8.format=hybrid needs a GPU and Transformer Engine, and this host lacks CUDA",),
+        overrides=("fp8.format=hybrid", "model.dtype=bfloat16"),
+    ),
+    "Transformer Engine's layers on a CPU host": Mistake(
+        ("model.layers=transformer_engine needs a GPU and Transformer Engine",),
+        overrides=("model.layers=transformer_engine",),
+    ),
+    "norms recomputed on a CPU host": Mistake(
+        ("memory.recompute_modules with layernorm needs a GPU and Transformer Engine",),
+        overrides=("memory.recompute=selective", "memory.recompute_modules=[layernorm]"),
+    ),
     "engines larger than the job": Mistake(
         ("rollout.tensor=2 does not divide the 1 processes",), overrides=("rollout.tensor=2",)
     ),

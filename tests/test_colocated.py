@@ -1,5 +1,6 @@
 """The engine inside the training processes: its weights are the policy's, after every update."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ def _sample_after_updates(path: Path, tensor: int, num_updates: int) -> list[dic
     """Change the policy, hand it over, sample; as often as asked."""
     from transformers import AutoTokenizer
 
+    from checkpoints_conversion import hf_to_megatron
     from checkpoints_conversion.hf_files import read_hf_config
     from checkpoints_conversion.stream import stream
     from megatron_nft.policy import parallel
@@ -40,15 +42,17 @@ def _sample_after_updates(path: Path, tensor: int, num_updates: int) -> list[dic
         rollout=options,
     )
     parallel.initialize(config.parallel, seed=0)
-    policy = Policy(config, read_hf_config(path))
+    hf_config = read_hf_config(path)
+    fill = partial(hf_to_megatron.load, path=path, hf_config=hf_config)
+    policy = Policy(config, hf_config, fill)
     tokenizer = AutoTokenizer.from_pretrained(path)
     engine = ColocatedEngine(path, tokenizer, options, "float32", max_tokens=64, seed=0)
     problems, found = _problems(), []
     for version in range(num_updates):
         with torch.no_grad():
-            for parameter in policy.model.parameters():
+            for parameter in policy.chunks[0].parameters():
                 parameter.mul_(0.97 + 0.02 * version)
-        engine.load_weights(stream(policy.model, policy.hf_config), version)
+        engine.load_weights(stream(policy.chunks, policy.hf_config), version)
         answered = engine.generate(problems, Sampling(4, 0.7, 1.0, 12, seed=version))
         flat = [(problems[i], i, k, r) for i, rs in answered for k, r in enumerate(rs)]
         everything: list = [None] * torch.distributed.get_world_size()

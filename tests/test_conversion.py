@@ -21,7 +21,7 @@ SMALL_SHARD = 20_000  # bytes: several files for the toy
 
 
 def source(path: Path, tied: bool = False) -> Path:
-    save_tokenizer(save_qwen2(path, tied=tied))
+    save_tokenizer(save_qwen2(path, tied=tied, num_hidden_layers=4))
     (path / "chat_template.jinja").write_text("{{ messages }}")
     (path / "LICENSE").write_text("free")
     (path / "README.md").write_text("not carried")
@@ -49,24 +49,27 @@ def assert_same_model(export: Path, original: Path) -> None:
 # through live models
 
 
-def _convert(tensor: int, jobs: list[tuple[Path, Path, int]]) -> list[dict[str, np.ndarray]]:
+def _convert(
+    layout: dict[str, int], jobs: list[tuple[Path, Path, int]]
+) -> list[dict[str, np.ndarray]]:
     """Each (source, out, bytes a file) into a live model, out as a stream and as a directory."""
     from checkpoints_conversion import hf_to_megatron, stream
-    from megatron_nft.config import ModelConfig, ParallelConfig
+    from megatron_nft.config import Config, ModelConfig, ParallelConfig
     from megatron_nft.policy import parallel
     from megatron_nft.policy.architecture import build_model, transformer_config
 
-    layout, streamed = ParallelConfig(tensor=tensor), []
-    parallel.initialize(layout, seed=0)
+    parallel_config, streamed = ParallelConfig(**layout), []
+    parallel.initialize(parallel_config, seed=0)
     for original, out, shard_bytes in jobs:
         hf_config = read_hf_config(original)
-        config = transformer_config(hf_config, ModelConfig(dtype="float32"), layout)
-        [model] = build_model(hf_config, config)
-        hf_to_megatron.load(model, original, hf_config)
-        _spoil_padding(model, hf_config)
-        streamed.append({n: t.numpy().copy() for n, t in stream.stream(model, hf_config)})
+        config = Config(model=ModelConfig(dtype="float32"), parallel=parallel_config)
+        chunks = build_model(hf_config, transformer_config(hf_config, config))
+        hf_to_megatron.load(chunks, original, hf_config)
+        for chunk in chunks:
+            _spoil_padding(chunk, hf_config)
+        streamed.append({n: t.numpy().copy() for n, t in stream.stream(chunks, hf_config)})
         megatron_to_hf.SHARD_BYTES = shard_bytes
-        megatron_to_hf.export(model, hf_config, original, out)
+        megatron_to_hf.export(chunks, hf_config, original, out)
     parallel.finalize()
     return streamed
 
@@ -84,13 +87,23 @@ def _spoil_padding(model: torch.nn.Module, hf_config: PretrainedConfig) -> None:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_a_model_comes_back_as_it_was(tmp_path: Path, tensor: int) -> None:
+@pytest.mark.parametrize(
+    ("num_processes", "layout"),
+    [
+        (1, {}),
+        (2, {"tensor": 2}),
+        (2, {"pipeline": 2}),
+        (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    ],
+)
+def test_a_model_comes_back_as_it_was(
+    tmp_path: Path, num_processes: int, layout: dict[str, int]
+) -> None:
     jobs = [
         (source(tmp_path / f"source-{tied}", tied), tmp_path / f"export-{tied}", shard_bytes)
         for tied, shard_bytes in ((False, 5_000_000_000), (True, SMALL_SHARD))
     ]
-    ranks = run(_convert, tensor, tensor, jobs)
+    ranks = run(_convert, num_processes, layout, jobs)
     for number, (original, out, _) in enumerate(jobs):
         expected = weights_of(original)
         for streamed in (rank[number] for rank in ranks):

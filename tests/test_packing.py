@@ -1,87 +1,19 @@
-"""Sequences dealt to ranks and micro-batches, and packed into rows, against examples by hand."""
-
-import math
+"""Sequences packed into rows, against examples by hand."""
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_nft.policy.packing import MicroBatch, Sequence, deal, micro_batch, sequences_of
+from megatron_nft.policy.packing import (
+    MicroBatch,
+    RowLayout,
+    Sequence,
+    micro_batch,
+    sequences_of,
+)
 from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
 
 CPU = torch.device("cpu")
-
-
-def _lengths(num: int, longest: int, seed: int = 0) -> list[int]:
-    return np.random.default_rng(seed).integers(1, longest + 1, num).tolist()
-
-
-DEALS = {  # lengths, ranks, budget
-    "one rank": (_lengths(50, 100), 1, 300),
-    "many ranks": (_lengths(200, 100), 8, 300),
-    "budget below many lengths": (_lengths(40, 100), 4, 50),
-    "budget of one token": (_lengths(20, 10), 2, 1),
-    "everything fits": (_lengths(20, 10), 2, 10_000),
-    "fewer sequences than ranks": ([7, 3], 4, 100),
-    "one sequence": ([9], 2, 4),
-    "equal lengths": ([8] * 24, 3, 16),
-    "a few giants": ([1000, 990, *_lengths(30, 10)], 2, 64),
-}
-
-
-def _loads(lengths: list[int], bins: list[list[int]]) -> list[int]:
-    return [sum(lengths[i] for i in indices) for indices in bins]
-
-
-@pytest.mark.parametrize("name", DEALS)
-def test_every_sequence_is_dealt_once_within_the_budget(name: str) -> None:
-    lengths, num_ranks, budget = DEALS[name]
-    ranks = deal(lengths, num_ranks, budget)
-    assert len(ranks) == num_ranks
-    assert len({len(bins) for bins in ranks}) == 1, "ranks differ in micro-batches"
-    bins = [indices for rank in ranks for indices in rank]
-    assert sorted(i for indices in bins for i in indices) == list(range(len(lengths)))
-    for indices, load in zip(bins, _loads(lengths, bins), strict=True):
-        assert load <= budget or len(indices) == 1
-
-
-@pytest.mark.parametrize("name", DEALS)
-def test_micro_batches_differ_by_at_most_the_longest_sequence(name: str) -> None:
-    """As longest-first into the emptiest bin guarantees, whatever the lengths."""
-    lengths, num_ranks, budget = DEALS[name]
-    loads = _loads(
-        lengths, [indices for rank in deal(lengths, num_ranks, budget) for indices in rank]
-    )
-    assert max(loads) - min(loads) <= max(lengths)
-
-
-@pytest.mark.parametrize("name", ["one rank", "many ranks", "everything fits"])
-def test_no_more_micro_batches_than_the_budget_asks_for(name: str) -> None:
-    """A bin is at most mean + longest, so that this many are enough."""
-    lengths, num_ranks, budget = DEALS[name]
-    enough = math.ceil(sum(lengths) / (num_ranks * (budget - max(lengths))))
-    assert len(deal(lengths, num_ranks, budget)[0]) <= enough
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_ranks_of_a_real_minibatch_are_balanced_within_one_percent(seed: int) -> None:
-    lengths = _lengths(512, 4096, seed)
-    loads = [sum(_loads(lengths, bins)) for bins in deal(lengths, 8, 16384)]
-    assert max(loads) - min(loads) <= 0.01 * sum(loads) / 8
-
-
-def test_a_sequence_beyond_the_budget_is_alone() -> None:
-    ranks = deal([5, 300, 5, 5], 1, 100)
-    assert [1] in ranks[0]
-
-
-def test_fewer_sequences_than_ranks_leave_empty_micro_batches() -> None:
-    assert deal([7, 3], 4, 100) == [[[0]], [[1]], [[]], [[]]]
-
-
-def test_dealing_is_deterministic() -> None:
-    lengths, num_ranks, budget = DEALS["many ranks"]
-    assert deal(lengths, num_ranks, budget) == deal(np.array(lengths), num_ranks, budget)
 
 
 def _sequence(prompt: list[int], response: list[int], correct: bool, accuracy: float) -> Sequence:
@@ -107,6 +39,7 @@ ROW = [11, 12, 13, 21, 31, 41, 42, 51, 52]  # no answer's last token is fed
 def _check_targets(packed: MicroBatch) -> None:
     """What padding must not change."""
     assert packed.predictors.tolist() == [2, 3, 4, 5, 6, 8]
+    assert packed.predicted.tolist() == [0, 1, 2, 3, 4, 5]
     assert packed.targets.tolist() == [21, 22, 41, 42, 43, 61]
     assert packed.token_weights.tolist() == [0.5, 0.5, 0.125, 0.125, 0.125, 2.0]
     batch = packed.batch
@@ -118,7 +51,7 @@ def _check_targets(packed: MicroBatch) -> None:
 
 
 def test_a_row_by_hand() -> None:
-    packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU)
+    packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU, RowLayout())
     assert packed.tokens.tolist() == [ROW]
     assert packed.row.cu_seqlens_q.diff().tolist() == [4, 3, 2]
     assert packed.row.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1]
@@ -126,21 +59,54 @@ def test_a_row_by_hand() -> None:
 
 
 def test_a_row_is_padded_by_a_sequence_that_predicts_nothing() -> None:
-    packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU, multiple=4)
+    packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU, RowLayout(4))
     assert packed.tokens.tolist() == [[*ROW, 0, 0, 0]]
     assert packed.row.cu_seqlens_q.diff().tolist() == [4, 3, 2, 3]
     _check_targets(packed)
 
 
 def test_a_row_of_the_right_length_is_not_padded() -> None:
-    packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU, multiple=3)
+    packed = micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU, RowLayout(3))
     assert packed.tokens.tolist() == [ROW]
     _check_targets(packed)
 
 
+def test_a_row_over_two_context_parallel_ranks_by_hand() -> None:
+    """Every sequence padded to a multiple of four; the first and last quarter to the first rank."""
+    first, second = (
+        micro_batch(SEQUENCES, [0.5, 0.125, 2.0], CPU, RowLayout(4, rank, 2)) for rank in (0, 1)
+    )
+    #    whole row: 11 12 13 21 | 31 41 42 0 | 51 52 0 0
+    assert first.tokens.tolist() == [[11, 21, 31, 0, 51, 0]]
+    assert second.tokens.tolist() == [[12, 13, 41, 42, 52, 0]]
+    assert first.row.positions.tolist() == [0, 3, 0, 3, 0, 3]
+    assert second.row.positions.tolist() == [1, 2, 1, 2, 1, 2]
+    assert first.predictors.tolist() == [1, 2]
+    assert first.predicted.tolist() == [1, 2]
+    assert first.targets.tolist() == [22, 41]
+    assert second.predictors.tolist() == [1, 2, 3, 4]
+    assert second.predicted.tolist() == [0, 3, 4, 5]
+    assert second.targets.tolist() == [21, 42, 43, 61]
+    for packed in (first, second):
+        assert packed.row.cu_seqlens_q.diff().tolist() == [4, 4, 4]  # of the whole row
+        assert packed.token_weights.tolist() == [0.5, 0.5, 0.125, 0.125, 0.125, 2.0]
+        assert packed.batch.sequence_ids.tolist() == [0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(("rank", "num_ranks"), [(0, 1), (0, 2), (1, 2), (3, 4)])
+@pytest.mark.parametrize("sequences", [SEQUENCES, SEQUENCES[:1], []])
+def test_spans_are_the_rows_length(sequences: list[Sequence], rank: int, num_ranks: int) -> None:
+    layout = RowLayout(16, rank, num_ranks)
+    spans = layout.spans([s.num_tokens for s in sequences])
+    packed = micro_batch(sequences, [1.0] * len(sequences), CPU, layout)
+    assert packed.tokens.shape == (1, sum(spans) // num_ranks)
+    assert sum(spans) % 16 == 0
+    assert not any(span % layout.sequence_multiple for span in spans)
+
+
 @pytest.mark.parametrize("sequences", [SEQUENCES, []])
 def test_dtypes(sequences: list[Sequence]) -> None:
-    packed = micro_batch(sequences, [1.0] * len(sequences), CPU)
+    packed = micro_batch(sequences, [1.0] * len(sequences), CPU, RowLayout())
     batch = packed.batch
     for ids in (packed.tokens, packed.predictors, packed.targets, batch.sequence_ids):
         assert ids.dtype == torch.int64
@@ -150,7 +116,7 @@ def test_dtypes(sequences: list[Sequence]) -> None:
 
 @pytest.mark.parametrize("multiple", [1, 4])
 def test_no_sequences_become_a_row_of_padding(multiple: int) -> None:
-    packed = micro_batch([], [], CPU, multiple)
+    packed = micro_batch([], [], CPU, RowLayout(multiple))
     assert packed.tokens.tolist() == [[0] * multiple]
     assert packed.row.cu_seqlens_q.diff().tolist() == [multiple]
     assert packed.batch.num_sequences == 0

@@ -120,6 +120,27 @@ def test_data_parallel_ranks_train_as_tensor_parallel_ones_do(root: Path) -> Non
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.parametrize("split", ["pipeline", "context"])
+def test_pipeline_and_context_parallel_runs_are_the_same_and_resume(root: Path, split: str) -> None:
+    overrides = ["parallel.tensor=1", f"parallel.{split}=2"]
+    through, resumed = root / split, root / f"{split}-resumed"
+    train(root / "recipe.yaml", f"run_dir={through}", *overrides, "rollouts=2")
+    for num_rollouts in (1, 2):
+        train(root / "recipe.yaml", f"run_dir={resumed}", *overrides, f"rollouts={num_rollouts}")
+    for ours, theirs in zip(lasting(through)[1:3], lasting(root / "nft")[1:3], strict=True):
+        for key in ("loss", "grad_norm", "entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+    whole = {r["step"]: r for r in lasting(through)}
+    for record in lasting(resumed)[-2:]:  # of the second rollout
+        expected = whole[record["step"]]
+        assert {k: v for k, v in record.items() if not k.startswith("eval/")} == {
+            k: v for k, v in expected.items() if not k.startswith("eval/")
+        }
+    theirs = load_file(through / "hf" / "model.safetensors")
+    for name, tensor in load_file(resumed / "hf" / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 and a tokenizer of the real files' text, cold-started on some answers."""

@@ -1,9 +1,14 @@
 """One name table per model family."""
 
-from transformers import PretrainedConfig
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from checkpoints_conversion.families import qwen2
 from checkpoints_conversion.mapping import Mapping, Sizes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FAMILIES = {"Qwen2ForCausalLM": qwen2.mappings}
 

@@ -1,8 +1,13 @@
 """Qwen2 and Qwen2.5: query, key and value have biases; small sizes tie head and embedding."""
 
-from transformers import PretrainedConfig
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from checkpoints_conversion.mapping import QKV, GateUp, Mapping, Replicated, Row, Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
 

@@ -1,32 +1,50 @@
 """From a Hugging Face configuration to a Megatron-Core GPTModel."""
 
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import PretrainedConfig
 
 from checkpoints_conversion.families import sizes_of
 from checkpoints_conversion.mapping import padded_vocab_size
-from megatron_nft.config import ModelConfig, ParallelConfig
-from megatron_nft.policy import host
+from megatron_nft.config import Config, MemoryConfig, ModelConfig, ParallelConfig
+from megatron_nft.policy import fp8, host
 from megatron_nft.policy.attention import PackedAttention
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def transformer_config(
-    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig
-) -> TransformerConfig:
+def uses_transformer_engine(model: ModelConfig) -> bool:
+    """True where the layers are Transformer Engine's: by default wherever it can run."""
+    if model.layers == "torch":
+        return False
+    can = host.has_cuda() and find_spec("transformer_engine") is not None
+    assert can or model.layers == "auto", "preflight lets no such recipe through"
+    return can
+
+
+def transformer_config(hf_config: PretrainedConfig, config: Config) -> TransformerConfig:
     """Megatron's configuration of the same network, in the recipe's layout and dtype."""
-    dtype = DTYPES[model.dtype]
+    dtype = DTYPES[config.model.dtype]
+    has_te = uses_transformer_engine(config.model)
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -42,15 +60,8 @@ def transformer_config(
         add_qkv_bias=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        sequence_parallel=parallel.sequence,
         params_dtype=dtype,
-        pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # what variable_seq_lengths wants, MoE or not
         # the schedule neither divides a loss nor scales a gradient: policy/step.py does, once
         calculate_per_token_loss=True,
         use_cpu_initialization=not host.has_cuda(),
@@ -58,45 +69,107 @@ def transformer_config(
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=host.has_cuda(),
+        bias_activation_fusion=host.has_cuda(),
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=False,
+        apply_rope_fusion=has_te,
+        persist_layer_norm=has_te,
+        **_layout_options(config.parallel, dtype),
+        **_recompute_options(config.memory),
+        **fp8.options(config.fp8),
     )
 
 
-def build_model(hf_config: PretrainedConfig, config: TransformerConfig) -> list[GPTModel]:
+def _layout_options(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    has_pipeline = parallel.pipeline > 1
+    is_interleaved = parallel.virtual_pipeline > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline
+        if is_interleaved
+        else None,
+        "context_parallel_size": parallel.context,
+        "sequence_parallel": parallel.sequence,
+        "pipeline_dtype": dtype,
+        "variable_seq_lengths": has_pipeline,  # shapes travel: no row is padded to the longest
+        "moe_token_dispatcher_type": "alltoall",  # what variable_seq_lengths wants, MoE or not
+        # Megatron's batched sends may be paired wrongly where a schedule is interleaved, silently
+        "batch_p2p_comm": not is_interleaved,
+        "deallocate_pipeline_outputs": has_pipeline,
+    }
+
+
+def _recompute_options(memory: MemoryConfig) -> dict[str, Any]:
+    if memory.recompute == "none":
+        return {}
+    if memory.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return {
+        "recompute_granularity": "selective",
+        "recompute_modules": list(memory.recompute_modules),
+    }
+
+
+def build_model(
+    hf_config: PretrainedConfig, config: TransformerConfig, has_te: bool = False
+) -> list[GPTModel]:
     """This rank's chunks of the model, without weights: one per virtual pipeline stage."""
-    model = GPTModel(
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    stages = range(num_chunks) if num_chunks > 1 else [None]
+    return [_chunk(hf_config, config, has_te, stage).to(host.device()) for stage in stages]
+
+
+def _chunk(
+    hf_config: PretrainedConfig, config: TransformerConfig, has_te: bool, stage: int | None
+) -> GPTModel:
+    where = {"ignore_virtual": False, "vp_stage": stage}
+    rope = {"position_embedding_type": "rope", "rotary_base": rope_theta(hf_config)}
+    return GPTModel(
         config,
-        block_spec(hf_config, config),
+        block_spec(hf_config, config, has_te, stage),
         vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
         max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="none",  # PackedAttention rotates queries and keys itself
+        vp_stage=stage,
+        # PackedAttention rotates queries and keys itself
+        **(rope if has_te else {"position_embedding_type": "none"}),
     )
-    return [model.to(host.device())]
 
 
 def block_spec(
-    hf_config: PretrainedConfig, config: TransformerConfig
+    hf_config: PretrainedConfig, config: TransformerConfig, has_te: bool, stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """Megatron's local layer with our attention and a norm that knows sequence parallelism."""
+    """Transformer Engine's layers, or Megatron's local ones with our attention and norm."""
+    num_layers = get_num_layers_to_build(config, vp_stage=stage)
+    if has_te:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec()
+        return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
         module=PackedAttention, params={"inv_freq": rope_frequencies(hf_config)}
     )
-    num_layers = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
+def rope_theta(hf_config: PretrainedConfig) -> float:
+    """The base of the default rope, all that read_hf_config lets in."""
+    return hf_config.rope_parameters["rope_theta"]
+
+
 def rope_frequencies(hf_config: PretrainedConfig) -> torch.Tensor:
-    """The rotary frequencies float32 [D/2] of the default rope, all that read_hf_config lets in."""
-    theta, dim = hf_config.rope_parameters["rope_theta"], sizes_of(hf_config).head_dim
-    return 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    """The rotary frequencies, float32 [D/2]."""
+    dim = sizes_of(hf_config).head_dim
+    return 1.0 / rope_theta(hf_config) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
 
 from megatron_nft.policy.step import Policy
 
@@ -67,7 +68,8 @@ def load(path: Path, policy: Policy) -> None:
     _create_adam_state(policy)
     wanted = _sharded_state(policy, is_loading=True)
     loaded = dist_checkpointing.load(wanted, str(path))
-    policy.model.load_state_dict(loaded["model"])
+    for name, chunk in _chunks(policy).items():
+        chunk.load_state_dict(loaded[name])
     hooks = [
         optimizer.register_load_state_dict_post_hook(_steps_to_numbers)
         for optimizer in _torch_optimizers(policy)
@@ -85,9 +87,14 @@ def _complete(directory: Path) -> list[Path]:
 
 
 def _sharded_state(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
-    model = policy.model.sharded_state_dict()
+    model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
     optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
-    return {"model": model, "optimizer": optimizer}
+    return {**model, "optimizer": optimizer}
+
+
+def _chunks(policy: Policy) -> dict[str, GPTModel]:
+    """The model's chunks by a name of their own; in the files only parameters have names."""
+    return {f"model{number}": chunk for number, chunk in enumerate(policy.chunks)}
 
 
 def _torch_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:

@@ -11,11 +11,6 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, num_rank
     Raises:
         ValueError: the rule that is broken, with the numbers.
     """
-    if parallel.pipeline != 1 or parallel.context != 1:
-        raise ValueError(
-            f"parallel.pipeline={parallel.pipeline}, parallel.context={parallel.context}: "
-            "this version runs tensor and data parallelism; set both to 1"
-        )
     sizes = {
         "attention heads": hf_config.num_attention_heads,
         "key-value heads": hf_config.num_key_value_heads,
@@ -26,7 +21,17 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, num_rank
             raise ValueError(
                 f"parallel.tensor={parallel.tensor} does not divide the model's {size} {what}"
             )
-    if num_ranks % parallel.tensor:
+    num_stages = parallel.pipeline * parallel.virtual_pipeline
+    if hf_config.num_hidden_layers % num_stages:
         raise ValueError(
-            f"parallel.tensor={parallel.tensor} does not divide the {num_ranks} processes"
+            f"parallel.pipeline={parallel.pipeline} · parallel.virtual_pipeline="
+            f"{parallel.virtual_pipeline} does not divide the model's "
+            f"{hf_config.num_hidden_layers} layers"
+        )
+    num_model_ranks = parallel.tensor * parallel.pipeline * parallel.context
+    if num_ranks % num_model_ranks:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} · parallel.pipeline={parallel.pipeline} · "
+            f"parallel.context={parallel.context} = {num_model_ranks} does not divide the "
+            f"{num_ranks} processes"
         )

@@ -1,6 +1,5 @@
-"""Sequences into packed micro-batches, balanced over the data-parallel ranks."""
+"""Sequences into packed micro-batches: tokens, targets, and what was said of them."""
 
-import heapq
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_nft.objectives import TokenBatch
-from megatron_nft.policy.attention import PackedRow, pack_row
+from megatron_nft.policy.packed_row import PackedRow, pack_row
 from megatron_nft.rollout.groups import Group
 
 
@@ -31,15 +30,44 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """How a row is laid over context-parallel ranks, and what its length must be a multiple of."""
+
+    multiple: int = 1  # of the whole row
+    rank: int = 0
+    num_ranks: int = 1  # context-parallel
+
+    @property
+    def sequence_multiple(self) -> int:
+        """A sequence is cut into that many equal chunks."""
+        return 2 * self.num_ranks if self.num_ranks > 1 else 1
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens that a sequence takes in the row."""
+        return -(-num_tokens // self.sequence_multiple) * self.sequence_multiple
+
+    def spans(self, lengths: Seq[int]) -> tuple[int, ...]:
+        """Tokens that each sequence takes in a row, and a last one that fills it up if need be."""
+        spans = tuple(self.padded(length) for length in lengths)
+        filler = -sum(spans) % self.multiple or (0 if spans else self.multiple)
+        return (*spans, filler) if filler else spans
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """A packed row of N tokens, R of which predict response tokens."""
+    """A packed row whose sequences have R response tokens.
+
+    This context-parallel rank holds N of the row's tokens; r of them predict response tokens (all
+    R where it is the only one).
+    """
 
     tokens: Tensor  # int64 [1, N]
     row: PackedRow
-    predictors: Tensor  # int64 [R], positions in the row whose hidden state predicts a target
-    targets: Tensor  # int64 [R], the response tokens
+    predictors: Tensor  # int64 [r], tokens of the row whose hidden state predicts a response token
+    predicted: Tensor  # int64 [r], which of the R response tokens each of them predicts
+    targets: Tensor  # int64 [r], those response tokens
     token_weights: Tensor  # float32 [R], what each token's loss is multiplied by
-    batch: TokenBatch
+    batch: TokenBatch  # of all R
 
 
 def sequences_of(groups: Seq[Group]) -> list[Sequence]:
@@ -59,69 +87,62 @@ def sequences_of(groups: Seq[Group]) -> list[Sequence]:
     ]
 
 
-def deal(lengths: Seq[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Deal sequences to ranks and micro-batches: [rank][micro-batch] -> indices into `lengths`.
-
-    Longest first into the emptiest bin, with as few bins a rank as the token budget allows; each
-    rank gets the same number of micro-batches, and a bin may stay empty. A sequence longer than
-    the budget has a micro-batch to itself.
-    """
-    num_bins = num_ranks * max(1, -(-sum(lengths) // (budget * num_ranks)))
-    while True:
-        bins = _longest_first(lengths, num_bins)
-        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= budget for b in bins):
-            return [bins[rank::num_ranks] for rank in range(num_ranks)]
-        num_bins += num_ranks
-
-
-def _longest_first(lengths: Seq[int], num_bins: int) -> list[list[int]]:
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    heap = [(0, number) for number in range(num_bins)]
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        load, number = heapq.heappop(heap)
-        bins[number].append(index)
-        heapq.heappush(heap, (load + lengths[index], number))
-    return bins
-
-
 def micro_batch(
-    sequences: Seq[Sequence], weights: Seq[float], device: torch.device, multiple: int = 1
+    sequences: Seq[Sequence], weights: Seq[float], device: torch.device, layout: RowLayout
 ) -> MicroBatch:
     """Pack sequences into one row; `weights` is what each sequence's token losses are scaled by.
 
-    The row is padded to `multiple` tokens by a last sequence that predicts nothing; an empty list
-    becomes a row of padding alone.
+    Each sequence is padded at its end as `layout` wants it, and the row by a last sequence that
+    predicts nothing; an empty list becomes a row of padding alone.
     """
-    lengths = [s.num_tokens for s in sequences]
-    padding = -sum(lengths) % multiple or (0 if lengths else multiple)
-    pieces = [piece for s in sequences for piece in (s.prompt, s.response[:-1])]
-    tokens = np.concatenate([*pieces, np.zeros(padding, np.int32)]).astype(np.int64)
-    row = pack_row((*lengths, padding) if padding else tuple(lengths), device)
+    spans = layout.spans([s.num_tokens for s in sequences])
+    row = pack_row(spans, device, layout.rank, layout.num_ranks)
+    tokens, predicts = (x[row.tokens] for x in _whole_row(sequences, spans))
+    predictors = torch.nonzero(predicts >= 0).squeeze(1)
+    predicted = predicts[predictors]
     counts = np.array([len(s.response) for s in sequences], np.int64)
-    starts = np.cumsum([0, *lengths[:-1]]) + np.array([len(s.prompt) - 1 for s in sequences] or [0])
-    predictors = [np.arange(start, start + n) for start, n in zip(starts, counts, strict=False)]
     return MicroBatch(
-        tokens=torch.from_numpy(tokens)[None].to(device),
+        tokens=tokens[None].to(device),
         row=row,
-        predictors=_flat(predictors, torch.int64, device),
-        targets=_flat([s.response for s in sequences], torch.int64, device),
-        token_weights=_per_token(weights, counts, device),
-        batch=TokenBatch(
-            old_logp=_flat([s.old_logp for s in sequences], torch.float32, device),
-            correct=_per_token([s.correct for s in sequences], counts, device),
-            group_accuracy=_per_token([s.group_accuracy for s in sequences], counts, device),
-            sequence_ids=_per_token(range(len(sequences)), counts, device).long(),
-            num_sequences=len(sequences),
-        ),
+        predictors=predictors.to(device),
+        predicted=predicted.to(device),
+        targets=_flat([s.response for s in sequences], torch.int64)[predicted].to(device),
+        token_weights=_per_token(weights, counts).to(device),
+        batch=_token_batch(sequences, counts, device),
     )
 
 
-def _flat(arrays: Seq[np.ndarray], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _whole_row(sequences: Seq[Sequence], spans: Seq[int]) -> tuple[Tensor, Tensor]:
+    """The row's tokens, and which of all response tokens each of them predicts; −1: none."""
+    tokens = np.zeros(sum(spans), np.int64)
+    predicts = np.full(len(tokens), -1)
+    first = num_before = 0
+    for sequence, span in zip(sequences, spans, strict=False):  # a filler comes after them
+        num = len(sequence.response)
+        start = first + len(sequence.prompt) - 1
+        tokens[first : start + 1] = sequence.prompt
+        tokens[start + 1 : start + num] = sequence.response[:-1]
+        predicts[start : start + num] = np.arange(num_before, num_before + num)
+        first, num_before = first + span, num_before + num
+    return torch.from_numpy(tokens), torch.from_numpy(predicts)
+
+
+def _token_batch(sequences: Seq[Sequence], counts: np.ndarray, device: torch.device) -> TokenBatch:
+    return TokenBatch(
+        old_logp=_flat([s.old_logp for s in sequences], torch.float32).to(device),
+        correct=_per_token([s.correct for s in sequences], counts).to(device),
+        group_accuracy=_per_token([s.group_accuracy for s in sequences], counts).to(device),
+        sequence_ids=_per_token(range(len(sequences)), counts).long().to(device),
+        num_sequences=len(sequences),
+    )
+
+
+def _flat(arrays: Seq[np.ndarray], dtype: torch.dtype) -> Tensor:
     whole = np.concatenate(arrays) if arrays else np.zeros(0)
-    return torch.from_numpy(whole).to(device=device, dtype=dtype)
+    return torch.from_numpy(whole).to(dtype)
 
 
-def _per_token(values: Seq[float], counts: np.ndarray, device: torch.device) -> Tensor:
+def _per_token(values: Seq[float], counts: np.ndarray) -> Tensor:
     """One value a sequence, repeated for each of its response tokens; float32 [R]."""
     repeated = np.repeat(np.array(values, np.float64), counts).astype(np.float32)
-    return torch.from_numpy(repeated).to(device)
+    return torch.from_numpy(repeated)

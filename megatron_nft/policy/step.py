@@ -6,53 +6,69 @@ its data-parallel reduction then only ever add. The gradient cannot depend on mi
 the layout.
 """
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from checkpoints_conversion import hf_to_megatron
 from megatron_nft.config import Config, ObjectiveConfig
-from megatron_nft.objectives import OBJECTIVES
-from megatron_nft.policy import host
-from megatron_nft.policy.architecture import DTYPES, build_model, transformer_config
-from megatron_nft.policy.logprobs import token_logprobs
-from megatron_nft.policy.packing import MicroBatch, Sequence, deal, micro_batch
+from megatron_nft.objectives import OBJECTIVES, TokenBatch, TokenLoss, is_per_token
+from megatron_nft.policy import fp8, host
+from megatron_nft.policy.architecture import (
+    build_model,
+    transformer_config,
+    uses_transformer_engine,
+)
+from megatron_nft.policy.balance import deal
+from megatron_nft.policy.flops import attention_share
+from megatron_nft.policy.logprobs import Gradient, token_logprobs
+from megatron_nft.policy.optimizer import adamw, add_up_gradients, data_parallel
+from megatron_nft.policy.packing import MicroBatch, RowLayout, Sequence, micro_batch
+from megatron_nft.policy.pipeline import schedule_options
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Policy:
-    """The trained model of this rank, with its optimizer."""
+    """The trained model of this rank, with its optimizer.
 
-    def __init__(self, config: Config, hf_config: PretrainedConfig) -> None:
+    Args:
+        fill: gives the chunks, which come without weights, their first ones.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        hf_config: PretrainedConfig,
+        fill: Callable[[Seq[GPTModel]], None],
+    ) -> None:
         self.config, self.hf_config = config, hf_config
-        model_config = transformer_config(hf_config, config.model, config.parallel)
-        self.chunks = build_model(hf_config, model_config)
-        hf_to_megatron.load(self.model, Path(config.model.path), hf_config)
-        self.ddp_chunks = [_data_parallel(chunk, config) for chunk in self.chunks]
-        model_config.finalize_model_grads_func = _add_up_gradients
-        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.ddp_chunks)
+        model_config = transformer_config(hf_config, config)
+        self.chunks = build_model(hf_config, model_config, uses_transformer_engine(config.model))
+        fill(self.chunks)
+        self.ddp_chunks = [data_parallel(chunk, config) for chunk in self.chunks]
+        model_config.finalize_model_grads_func = add_up_gradients
+        self.optimizer = adamw(self.ddp_chunks, config)
         self.num_updates = 0
-
-    @property
-    def model(self) -> GPTModel:
-        return self.chunks[0]
 
     @torch.no_grad()
     def logp(self, sequences: Seq[Sequence]) -> list[np.ndarray]:
@@ -66,10 +82,10 @@ class Policy:
         outputs = self._run_schedule(sequences, mine, weights, forward_only=True)
         found = {
             index: logp
-            for indices, output in zip(mine, outputs, strict=True)
+            for indices, output in zip(mine, outputs, strict=bool(outputs))
             for index, logp in zip(indices, _split(output, sequences, indices), strict=True)
         }
-        whole = {k: v for part in _gather_over_data_parallel(found) for k, v in part.items()}
+        whole = {k: v for part in _on_every_rank(found) for k, v in part.items()}
         return [whole[i] for i in range(len(sequences))]
 
     def update(self, sequences: Seq[Sequence], lr: float) -> dict[str, Any]:
@@ -88,10 +104,27 @@ class Policy:
         mine = self._my_bins(sequences)
         weights = token_weights(sequences, self.config.objective)
         outputs = self._run_schedule(sequences, mine, weights, forward_only=False)
-        measured = _merge(_gather_over_data_parallel(outputs))
+        measured = _merge(_on_every_rank(outputs))
         measured["grad_norm"] = self._step(measured["loss"], lr)
         self.num_updates += 1
         return measured
+
+    @contextmanager
+    def memory_lent(self) -> Iterator[None]:
+        """Keep gradients and optimizer off the device meanwhile, if the recipe says so.
+
+        For the sampling engine. The weights stay; neither update nor a checkpoint may come between.
+        """
+        if not self.config.memory.offload:
+            yield
+            return
+        for chunk in self.ddp_chunks:
+            chunk.offload_grad_buffers()
+        self.optimizer.offload_to_cpu()
+        yield
+        self.optimizer.restore_from_cpu()
+        for chunk in self.ddp_chunks:
+            chunk.restore_grad_buffers()
 
     def _step(self, loss: float, lr: float) -> float:
         """Clip and apply the gradient, unless it or the loss is not finite.
@@ -112,10 +145,15 @@ class Policy:
 
     def _my_bins(self, sequences: Seq[Sequence]) -> list[list[int]]:
         """This data-parallel rank's micro-batches, as indices into the sequences."""
+        parallel = self.config.parallel
+        layout = row_layout(self.config)
         bins = deal(
-            [s.num_tokens for s in sequences],
+            [layout.padded(s.num_tokens) for s in sequences],
             parallel_state.get_data_parallel_world_size(),
             self.config.optimizer.tokens_per_microbatch,
+            quadratic=attention_share(self.hf_config),
+            # an interleaved schedule takes micro-batches in rounds of one a pipeline rank
+            multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
         return bins[parallel_state.get_data_parallel_rank()]
 
@@ -127,13 +165,13 @@ class Policy:
         forward_only: bool,
     ) -> list[Any]:
         """Megatron's schedule over this rank's micro-batches; what the last stage returned."""
-        multiple = self.config.parallel.tensor if self.config.parallel.sequence else 1
+        layout = row_layout(self.config)
         micro_batches = (
             micro_batch(
                 [sequences[i] for i in indices],
                 [weights[i] for i in indices],
                 host.device(),
-                multiple,
+                layout,
             )
             for indices in bins
         )
@@ -141,13 +179,21 @@ class Policy:
             chunk.train(not forward_only)
         return get_forward_backward_func()(
             forward_step_func=self._forward,
-            data_iterator=micro_batches,
+            data_iterator=list(itertools.tee(micro_batches, len(self.ddp_chunks))),
             model=self.ddp_chunks,
             num_microbatches=len(bins),
             seq_length=0,  # unused: shapes travel with variable_seq_lengths
             micro_batch_size=1,
             forward_only=forward_only,
+            **schedule_options(self.chunks[0].config, self._row_lengths(sequences, bins)),
         )
+
+    def _row_lengths(self, sequences: Seq[Sequence], bins: list[list[int]]) -> list[int]:
+        """Tokens of this rank's row in each micro-batch, between two layers."""
+        parallel, layout = self.config.parallel, row_layout(self.config)
+        num_sharers = parallel.context * (parallel.tensor if parallel.sequence else 1)
+        rows = (layout.spans([sequences[i].num_tokens for i in indices]) for indices in bins)
+        return [sum(spans) // num_sharers for spans in rows]
 
     def _forward(
         self, data: Iterator[MicroBatch], model: torch.nn.Module
@@ -172,32 +218,63 @@ class Policy:
         context: MicroBatch,
         **_: Any,
     ) -> Tensor:
-        """GPTModel's output hook: hidden states [N, 1, H] -> (logp, entropy) float32 [2, R]."""
-        if self.config.parallel.sequence:
-            # every rank computes the whole gradient of the gathered states: none is to be added up
-            hidden_states = gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False
-            )
-        weight = output_layer.weight if output_weight is None else output_weight
+        """GPTModel's output hook: hidden states [N, 1, H] -> float32 [1, R] of log-probabilities.
+
+        With a second row of entropies where gradients are wanted.
+        """
+        batch, is_training = context, torch.is_grad_enabled()
         logp, entropy = token_logprobs(
-            hidden_states.squeeze(1).index_select(0, context.predictors),
-            weight,
-            context.targets,
+            self._predicting(hidden_states, batch),
+            output_layer.weight if output_weight is None else output_weight,
+            batch.targets,
             temperature=self.config.rollout.temperature,
             vocab_size=self.hf_config.vocab_size,
+            with_entropy=is_training,
+            gradient=self._gradient(batch) if is_training else None,
         )
-        return torch.stack((logp, entropy))
+        return _whole_sequences(torch.stack((logp, entropy)) if is_training else logp[None], batch)
+
+    def _predicting(self, hidden_states: Tensor, batch: MicroBatch) -> Tensor:
+        """The states that predict response tokens, [r, H], whole on every tensor-parallel rank.
+
+        Each of these computes its vocabulary shard's part of their gradient; Megatron's own
+        collectives add the parts up.
+        """
+        if self.config.parallel.sequence:
+            whole = gather_from_sequence_parallel_region(hidden_states)
+            return whole.squeeze(1).index_select(0, batch.predictors)
+        return copy_to_tensor_model_parallel_region(
+            hidden_states.squeeze(1).index_select(0, batch.predictors)
+        )
+
+    def _gradient(self, batch: MicroBatch) -> Gradient | None:
+        """How the loss depends on log-probabilities, where a token's own decides it alone."""
+        if not is_per_token(self.config.objective):
+            return None
+
+        @torch.enable_grad()
+        def gradient(logp: Tensor, rows: slice) -> Tensor:
+            logp = logp.detach().requires_grad_()
+            tokens = batch.predicted[rows]
+            result = self._objective(batch.batch.select(tokens), logp)
+            loss = (result.loss * batch.token_weights[tokens]).sum()
+            return torch.autograd.grad(loss, logp)[0]
+
+        return gradient
+
+    def _objective(self, batch: TokenBatch, logp: Tensor) -> TokenLoss:
+        options = self.config.objective
+        return OBJECTIVES[options.name](batch, logp, options)
 
     def _loss(
         self, batch: MicroBatch, output: Tensor, with_objective: bool
     ) -> tuple[Tensor, Tensor, Any]:
         """The micro-batch's share of the loss, a count that nobody divides by, and what to keep."""
-        logp, entropy = output
         unused_count = torch.zeros((), dtype=torch.int, device=output.device)
         if not with_objective:
-            return logp.sum(), unused_count, logp.detach().cpu().numpy()
-        options = self.config.objective
-        result = OBJECTIVES[options.name](batch.batch, logp, options)
+            return output.sum(), unused_count, output[0].detach().cpu().numpy()
+        logp, entropy = output
+        result = self._objective(batch.batch, logp)
         loss = (result.loss * batch.token_weights).sum()
         tokens = {"entropy": entropy, **result.metrics}
         kept = {"loss": loss} | tokens
@@ -219,35 +296,27 @@ def token_weights(sequences: Seq[Sequence], options: ObjectiveConfig) -> list[fl
     return [1.0 / options.constant] * len(sequences)
 
 
-def _data_parallel(chunk: GPTModel, config: Config) -> DistributedDataParallel:
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-    )
-    return DistributedDataParallel(chunk.config, ddp, chunk)
+def row_layout(config: Config) -> RowLayout:
+    """How rows are laid over the ranks; sequence parallelism, FP8 and the zigzag divide them."""
+    parallel = config.parallel
+    multiple = fp8.token_multiple(config.fp8) * (parallel.tensor if parallel.sequence else 1)
+    if parallel.context == 1:
+        return RowLayout(multiple)
+    rank = parallel_state.get_context_parallel_rank()
+    return RowLayout(parallel.context * math.lcm(2, multiple), rank, parallel.context)
 
 
-def _optimizer_config(config: Config) -> OptimizerConfig:
-    """AdamW on every parameter, as the official code has it (norms and biases decay too)."""
-    options = config.optimizer
-    dtype = DTYPES[config.model.dtype]
-    return OptimizerConfig(
-        optimizer="adam",
-        lr=options.lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.betas[0],
-        adam_beta2=options.betas[1],
-        adam_eps=options.eps,
-        clip_grad=options.clip_norm,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        use_distributed_optimizer=config.parallel.distributed_optimizer,
-    )
+def _whole_sequences(values: Tensor, batch: MicroBatch) -> Tensor:
+    """[k, r] of this context-parallel rank to [k, R]: an objective sees sequences whole.
 
-
-def _add_up_gradients(model: list[torch.nn.Module], _num_tokens: Tensor | None, **kw: Any) -> None:
-    """Megatron's reduction without its division: the losses are scaled already."""
-    finalize_model_grads(model, None, **kw)
+    Every rank then has the same loss; in backward each takes the gradient of its own tokens.
+    """
+    group = parallel_state.get_context_parallel_group()
+    if group.size() == 1:
+        return values
+    whole = values.new_zeros(len(values), len(batch.token_weights))
+    whole = whole.index_copy(1, batch.predicted, values)
+    return reduce_from_tensor_model_parallel_region(whole, group=group)
 
 
 def _split(logp: np.ndarray, sequences: Seq[Sequence], indices: list[int]) -> list[np.ndarray]:
@@ -263,10 +332,14 @@ def _merge(parts: list[list[dict[str, np.ndarray]]]) -> dict[str, Any]:
     return {"loss": float(sum(f["loss"] for f in flat)), **merged}
 
 
-def _gather_over_data_parallel(value: Any) -> list[Any]:
+def _on_every_rank(value: Any) -> list[Any]:
+    """What the last pipeline stage's data-parallel ranks hold, in their order; collective."""
     group = parallel_state.get_data_parallel_group()
-    if group.size() == 1:
-        return [value]
-    parts: list[Any] = [None] * group.size()
-    dist.all_gather_object(parts, value, group=group)
+    parts: list[Any] = [value] * group.size()
+    if parallel_state.is_pipeline_last_stage() and group.size() > 1:
+        dist.all_gather_object(parts, value, group=group)
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    if stages.size() > 1:
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(parts, src=last, group=stages)
     return parts

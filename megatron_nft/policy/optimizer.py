@@ -1,0 +1,55 @@
+"""Gradients over the data-parallel ranks, and AdamW: what Megatron-Core is told of both."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from megatron_nft.config import Config
+from megatron_nft.policy.architecture import DTYPES
+
+
+def data_parallel(chunk: GPTModel, config: Config) -> DistributedDataParallel:
+    """The chunk with float32 gradients that are added up over data- and context-parallel ranks.
+
+    Without overlap: policy/logprobs.py adds the head's gradient to the buffer itself, and Megatron
+    would wait for it to come by way of autograd.
+    """
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    return DistributedDataParallel(chunk.config, ddp, chunk)
+
+
+def adamw(chunks: Sequence[DistributedDataParallel], config: Config) -> MegatronOptimizer:
+    """AdamW on every parameter, as the official code has it (norms and biases decay too)."""
+    options = config.optimizer
+    dtype = DTYPES[config.model.dtype]
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.betas[0],
+        adam_beta2=options.betas[1],
+        adam_eps=options.eps,
+        clip_grad=options.clip_norm,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(optimizer_config, list(chunks))
+
+
+def add_up_gradients(model: list[torch.nn.Module], _num_tokens: Tensor | None, **kw: Any) -> None:
+    """Megatron's reduction without its division: the losses are scaled already."""
+    finalize_model_grads(model, None, **kw)
