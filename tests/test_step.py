@@ -67,6 +67,8 @@ LAYOUTS = {  # by the number of processes
             "virtual_pipeline": 2,
         },
         "PP4": {"pipeline": 4},
+        "PP4·VPP2": {"pipeline": 4, "virtual_pipeline": 2},
+        "PP2·VPP4·CP2": {"pipeline": 2, "virtual_pipeline": 4, "context": 2},
         "TP2·DP2": {"tensor": 2},
         "PP2·DP2": {"pipeline": 2},
         "PP2·VPP2·DP2": {"pipeline": 2, "virtual_pipeline": 2},
@@ -83,6 +85,7 @@ LAYOUTS = {  # by the number of processes
 NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 SMALL = [name for num, layouts in LAYOUTS.items() if num < 4 for name in layouts]
 MICRO_BATCHES = (1, 2, 5)
+Models = dict[int, list[Path]]  # by their layers: one with a head of its own, one that is tied
 
 
 def _budget(num_micro_batches: int) -> int:
@@ -319,8 +322,8 @@ def _in_small_layouts(path: Path, layout: ParallelConfig) -> dict[str, Any]:
     }
 
 
-def _everything(paths: list[Path], layouts: list[ParallelConfig]) -> list[dict[str, Any]]:
-    """For each layout what the tests below compare; the first path's model has a head."""
+def _everything(models: Models, layouts: list[ParallelConfig]) -> list[dict[str, Any]]:
+    """For each layout what the tests below compare."""
     from megatron_nft.policy import parallel
 
     results = []
@@ -328,6 +331,7 @@ def _everything(paths: list[Path], layouts: list[ParallelConfig]) -> list[dict[s
     is_small = torch.distributed.get_world_size() < 4
     for layout in layouts:
         parallel.lay_groups(layout, seed=0)
+        paths = models[_num_layers(layout)]
         found = _everywhere(paths[0], layout, VARIANTS if is_small else IN_EVERY_LAYOUT)
         found["steps"] = [
             {name: _step(path, o, layout) for name, o in OBJECTIVES.items()} for path in paths
@@ -340,17 +344,33 @@ def _everything(paths: list[Path], layouts: list[ParallelConfig]) -> list[dict[s
 # what the tests compare
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return [
-        save_qwen2(folder / "untied", num_hidden_layers=4),
-        save_qwen2(folder / "tied", tied=True, num_hidden_layers=4),
-    ]
+def save_models(folder: Path) -> Models:
+    return {
+        num_layers: [
+            save_qwen2(folder / f"{num_layers}-{tied}", tied=tied, num_hidden_layers=num_layers)
+            for tied in (False, True)
+        ]
+        for num_layers in (4, 8)
+    }
+
+
+def models_of(layout: str, models: Models) -> list[Path]:
+    """The shallower ones, unless they have too few layers for the stages."""
+    [options] = [layouts[layout] for layouts in LAYOUTS.values() if layout in layouts]
+    return models[_num_layers(ParallelConfig(**options))]
+
+
+def _num_layers(layout: ParallelConfig) -> int:
+    return max(4, layout.pipeline * layout.virtual_pipeline)
 
 
 @pytest.fixture(scope="module")
-def ours(models: list[Path]) -> dict[str, dict[str, Any]]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def ours(models: Models) -> dict[str, dict[str, Any]]:
     found = {}
     for num_processes, layouts in LAYOUTS.items():
         configs = [ParallelConfig(**options) for options in layouts.values()]
@@ -373,10 +393,10 @@ def _compare(ours: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_step_equals_plain_torch(
-    models: list[Path], ours: dict[str, Any], tied: bool, objective: str, layout: str
+    models: Models, ours: dict[str, Any], tied: bool, objective: str, layout: str
 ) -> None:
     step = ours[layout]["steps"][tied][objective]
-    expected = reference(models[tied], OBJECTIVES[objective])
+    expected = reference(models_of(layout, models)[tied], OBJECTIVES[objective])
     for a, b in zip(step["logp"], expected["logp"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     _compare(step, expected)
@@ -388,9 +408,9 @@ def test_one_step_equals_plain_torch(
     [(n, v) for n in NAMES for v in VARIANTS if n in SMALL or v in IN_EVERY_LAYOUT],
 )
 def test_gradient_depends_on_nothing_but_the_sequences(
-    models: list[Path], ours: dict[str, Any], variant: str, layout: str
+    models: Models, ours: dict[str, Any], variant: str, layout: str
 ) -> None:
-    expected = reference(models[0], NFT)["gradient"]
+    expected = reference(models_of(layout, models)[0], NFT)["gradient"]
     assert distance(ours[layout]["variants"][variant], expected) <= 1e-5
 
 
@@ -402,9 +422,9 @@ def test_a_budget_makes_the_micro_batches_that_its_name_says(num: int) -> None:
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", NAMES)
 def test_a_rank_without_a_sequence_changes_nothing(
-    models: list[Path], ours: dict[str, Any], layout: str
+    models: Models, ours: dict[str, Any], layout: str
 ) -> None:
-    expected = reference(models[0], NFT, num_sequences=1)["gradient"]
+    expected = reference(models_of(layout, models)[0], NFT, num_sequences=1)["gradient"]
     assert distance(ours[layout]["one sequence"], expected) <= 1e-5
 
 
@@ -422,23 +442,23 @@ def test_on_policy_nft_is_dr_grpo_or_grpo(ours: dict[str, Any], layout: str) -> 
 @pytest.mark.parametrize("layout", SMALL)
 @pytest.mark.parametrize("field", ["group_accuracy", "old_logp"])
 def test_a_step_that_is_not_finite_is_refused_and_forgotten(
-    models: list[Path], ours: dict[str, Any], field: str, layout: str
+    models: Models, ours: dict[str, Any], field: str, layout: str
 ) -> None:
     result = ours[layout]["not finite"][field]
     assert "nan" in result["error"]
     assert result["untouched"]
-    _compare(result, reference(models[0], NFT))
+    _compare(result, reference(models_of(layout, models)[0], NFT))
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", SMALL)
 def test_bfloat16_parameters_have_float32_gradients(
-    models: list[Path], ours: dict[str, Any], layout: str
+    models: Models, ours: dict[str, Any], layout: str
 ) -> None:
     result = ours[layout]["bfloat16"]
     assert result["parameters"] == {str(torch.bfloat16)}
     assert result["gradients"] == {str(torch.float32)}
-    exact = reference(models[0], NFT)
+    exact = reference(models_of(layout, models)[0], NFT)
     deltas = [a - b for a, b in zip(result["logp"], exact["logp"], strict=True)]
     assert np.abs(np.concatenate(deltas)).max() <= 0.1
     assert result["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)

@@ -9,6 +9,8 @@ Over context-parallel ranks it gathers the keys and values of all of them. Trans
 does better with memory; this one serves where there is no Transformer Engine.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -20,6 +22,9 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from megatron_nft.policy.packed_row import Bucket, PackedRow
+
+# from torch 2.12 on; benchmarks also run with earlier ones
+HAS_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 class PackedAttention(torch.nn.Module):
@@ -71,8 +76,7 @@ class PackedAttention(torch.nn.Module):
 
     def _attend_cells(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
         """[N, H·D], a rectangle of cells at a time."""
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        key, value = _repeated(key, query), _repeated(value, query)
         cells = [self._attend(query, key, value, bucket) for bucket in row.buckets]
         return torch.cat(cells).index_select(0, row.scatter)
 
@@ -103,6 +107,8 @@ class PackedAttention(torch.nn.Module):
         segments = row.varlen
         if segments.keys is not None:
             key, value = (x.index_select(0, segments.keys) for x in (key, value))
+        if not HAS_GROUPS:
+            key, value = _repeated(key, query), _repeated(value, query)
         out = varlen.varlen_attn(
             query,
             key,
@@ -113,7 +119,7 @@ class PackedAttention(torch.nn.Module):
             segments.max_kv,
             scale=self.softmax_scale,
             window_size=(-1, 0),
-            enable_gqa=True,
+            **({"enable_gqa": True} if HAS_GROUPS else {}),
         )
         return out.flatten(1)
 
@@ -127,6 +133,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [N, H, D], halves rotated (the GPT-NeoX layout that HF uses)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _repeated(x: Tensor, query: Tensor) -> Tensor:
+    """Key-value heads [N, KV, D] once for each query head, [N, H, D]."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
 
 
 def _gather(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,112 @@
+"""A recipe's layout, memory and FP8 settings as Megatron-Core is told of them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from checkpoints_conversion.live import _whole_name
+from megatron_nft.config import Config, Fp8Config, MemoryConfig, ModelConfig, ParallelConfig
+from megatron_nft.policy.architecture import transformer_config
+from megatron_nft.policy.step import row_layout
+
+HF_CONFIG = Qwen2Config(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+FP8 = Fp8Config(
+    "hybrid", "tensorwise", margin=2, wgrad=False, first_last_layers_bf16=True,
+    num_layers_at_start_in_bf16=2, amax_history_len=16, amax_compute_algo="most_recent",
+)  # fmt: skip
+
+
+def _told(config: Config, *keys: str) -> list[Any]:
+    found = transformer_config(HF_CONFIG, config)
+    return [getattr(found, key) for key in keys]
+
+
+def test_fp8_settings_arrive() -> None:
+    keys = ("fp8", "fp8_recipe", "fp8_margin", "fp8_wgrad", "first_last_layers_bf16", "fp8_param")
+    assert _told(Config(fp8=FP8), *keys) == ["hybrid", "tensorwise", 2, False, True, False]
+    keys = ("num_layers_at_start_in_bf16", "fp8_amax_history_len", "fp8_amax_compute_algo")
+    assert _told(Config(fp8=FP8), *keys) == [2, 16, "most_recent"]
+    assert _told(Config(), "fp8") == [None]
+
+
+def test_blockwise_scales_are_float32_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import os
+
+    name = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
+    monkeypatch.delenv(name, raising=False)
+    transformer_config(HF_CONFIG, Config(fp8=FP8))
+    assert name not in os.environ
+    transformer_config(HF_CONFIG, Config(fp8=Fp8Config("e4m3", "blockwise")))
+    assert os.environ[name] == "1"
+    monkeypatch.setenv(name, "0")
+    transformer_config(HF_CONFIG, Config(fp8=Fp8Config("e4m3", "blockwise")))
+    assert os.environ[name] == "0"
+
+
+@pytest.mark.parametrize(
+    ("fp8", "parallel", "multiple"),
+    [
+        (Fp8Config(), ParallelConfig(), 1),
+        (Fp8Config(), ParallelConfig(tensor=4), 1),
+        (Fp8Config(), ParallelConfig(tensor=4, sequence=True), 4),
+        (Fp8Config("hybrid", "blockwise"), ParallelConfig(tensor=4), 16),
+        (Fp8Config("hybrid", "mxfp8"), ParallelConfig(), 32),
+        (Fp8Config("e4m3", "tensorwise"), ParallelConfig(tensor=4, sequence=True), 64),
+    ],
+)
+def test_rows_are_multiples_of_what_fp8_and_sequence_parallelism_take(
+    fp8: Fp8Config, parallel: ParallelConfig, multiple: int
+) -> None:
+    layout = row_layout(Config(fp8=fp8, parallel=parallel))
+    assert layout.multiple == multiple
+    assert sum(layout.spans([5, 11, 3])) % multiple == 0
+
+
+def test_recomputation_arrives() -> None:
+    keys = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+    assert _told(Config(), *keys) == [None, None, None]
+    assert _told(Config(memory=MemoryConfig("full")), *keys) == ["full", "uniform", 1]
+    some = Config(memory=MemoryConfig("selective", ["mlp", "core_attn"]))
+    assert _told(some, "recompute_granularity", "recompute_modules") == [
+        "selective",
+        ["mlp", "core_attn"],
+    ]
+
+
+def test_pipelines_take_rows_of_any_length() -> None:
+    parallel = ParallelConfig(pipeline=2, virtual_pipeline=2)
+    keys = ("variable_seq_lengths", "batch_p2p_comm", "pipeline_dtype")
+    config = Config(parallel=parallel, model=ModelConfig(dtype="float32"))
+    assert _told(config, *keys) == [True, False, torch.float32]
+    assert _told(Config(), "variable_seq_lengths") == [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("decoder.layers.1.mlp.linear_fc2.weight", "decoder.layers.6.mlp.linear_fc2.weight"),
+        (
+            "decoder.layers.0.self_attention.linear_qkv.layer_norm_weight",
+            "decoder.layers.5.input_layernorm.weight",
+        ),
+        (
+            "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
+            "decoder.layers.6.pre_mlp_layernorm.weight",
+        ),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+    ],
+)
+def test_names_of_a_later_stage_and_of_transformer_engines_layers(name: str, expected: str) -> None:
+    layers = [SimpleNamespace(layer_number=number) for number in (6, 7)]
+    assert _whole_name(name, SimpleNamespace(decoder=SimpleNamespace(layers=layers))) == expected
