@@ -92,7 +92,7 @@ def repack_tied_head(model: torch.nn.Module) -> None:
 def limit_threads(num_local_processes: int) -> None:
     """Share the cores among the processes of a CPU host; oversubscribed threads thrash."""
     if not has_cuda():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_local_processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_processes))
 
 
 class _CpuForCuda(TorchFunctionMode):

@@ -83,7 +83,7 @@ class Policy:
         found = {
             index: logp
             for indices, output in zip(mine, outputs, strict=bool(outputs))
-            for index, logp in zip(indices, _split(output, sequences, indices), strict=True)
+            for index, logp in zip(indices, _split(output["logp"], sequences, indices), strict=True)
         }
         whole = {k: v for part in _on_every_rank(found) for k, v in part.items()}
         return [whole[i] for i in range(len(sequences))]
@@ -163,8 +163,8 @@ class Policy:
         bins: list[list[int]],
         weights: Seq[float],
         forward_only: bool,
-    ) -> list[Any]:
-        """Megatron's schedule over this rank's micro-batches; what the last stage returned."""
+    ) -> list[dict[str, np.ndarray]]:
+        """Megatron's schedule over this rank's micro-batches; what the last stage kept of each."""
         layout = row_layout(self.config)
         micro_batches = (
             micro_batch(
@@ -177,7 +177,7 @@ class Policy:
         )
         for chunk in self.ddp_chunks:
             chunk.train(not forward_only)
-        return get_forward_backward_func()(
+        kept = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=list(itertools.tee(micro_batches, len(self.ddp_chunks))),
             model=self.ddp_chunks,
@@ -187,6 +187,8 @@ class Policy:
             forward_only=forward_only,
             **schedule_options(self.chunks[0].config, self._row_lengths(sequences, bins)),
         )
+        # only now: the schedule need not wait for the device
+        return [{k: v.float().cpu().numpy() for k, v in tensors.items()} for tensors in kept]
 
     def _row_lengths(self, sequences: Seq[Sequence], bins: list[list[int]]) -> list[int]:
         """Tokens of this rank's row in each micro-batch, between two layers."""
@@ -268,17 +270,16 @@ class Policy:
 
     def _loss(
         self, batch: MicroBatch, output: Tensor, with_objective: bool
-    ) -> tuple[Tensor, Tensor, Any]:
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the loss, a count that nobody divides by, and what to keep."""
         unused_count = torch.zeros((), dtype=torch.int, device=output.device)
         if not with_objective:
-            return output.sum(), unused_count, output[0].detach().cpu().numpy()
+            return output.sum(), unused_count, {"logp": output[0]}
         logp, entropy = output
         result = self._objective(batch.batch, logp)
         loss = (result.loss * batch.token_weights).sum()
-        tokens = {"entropy": entropy, **result.metrics}
-        kept = {"loss": loss} | tokens
-        return loss, unused_count, {k: v.detach().float().cpu().numpy() for k, v in kept.items()}
+        kept = {"loss": loss, "entropy": entropy, **result.metrics}
+        return loss, unused_count, {k: v.detach() for k, v in kept.items()}
 
 
 def token_weights(sequences: Seq[Sequence], options: ObjectiveConfig) -> list[float]:

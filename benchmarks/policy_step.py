@@ -1,0 +1,398 @@
+"""Speed of an optimizer step and of the old-log-probability pass, and where the time goes.
+
+    .venv/bin/python benchmarks/policy_step.py --models 7B --tokens 16384 --recompute none selective
+    .venv/bin/torchrun --nproc-per-node 2 benchmarks/policy_step.py --models toy --tensor 2
+
+Layer stacks of Qwen2.5's shapes with embedding and head, random weights, and as many layers as fit
+into the memory; random sequences of log-normal length fill the micro-batches.
+
+step          Policy.update, all of it; old logp: Policy.logp
+TFLOP         the model's, by megatron_nft/policy/flops.py: a step is three forward passes, the head
+              counts for response tokens alone, and nothing counts twice that is computed again
+MFU           TFLOP/s over the rate of a large matrix product in --dtype, measured in this run
+× products    the time over that of the products with all weights, back to back, attention left out
+
+Figures are per device and medians. Parts are the first rank's and exclude each other: in a step the
+head's forward makes its gradients, backward has what is computed again and all waiting of a
+pipeline, the rest deals, clears gradients and gathers what was measured. On CUDA they are the
+device's time between events, idle time included. Needs torch ≥ 2.11 and megatron-core alone.
+"""
+
+import argparse
+import gc
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise, product, starmap
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_nft.config import Config, ParallelConfig
+from megatron_nft.policy import host, packing, parallel
+from megatron_nft.policy.balance import deal
+from megatron_nft.policy.flops import forward_flops, layer_matmul_parameters
+from megatron_nft.policy.logprobs import CHUNK_CELLS
+from megatron_nft.policy.optimizer import add_up_gradients
+from megatron_nft.policy.step import Policy
+
+FIELDS = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+FIELDS += ["num_key_value_heads", "vocab_size", "tie_word_embeddings"]
+SHAPES = {
+    "toy": (64, 128, 2, 4, 2, 512, False),
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
+    "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
+}
+STEP, OLD_LOGP = "step", "old logp"
+GOALS = (("torch", STEP, 0.50), ("te", STEP, 0.55), ("any", OLD_LOGP, 0.60))  # MFU of 7B
+PARTS = "packing", "layers", "head", "objective", "backward", "reduction", "optimizer", "rest"
+NAMES = "kind", "FP8", "recompute", "tokens", "pass"
+FIGURES = ["layers", "micro-batches", "tokens/s", "TFLOP", "TFLOP/s", "MFU", "of --peak"]
+FIGURES += ["× products", "peak GiB", "s"]
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # where torchrun sets nothing
+ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+SEED, WARM_UP, SIGMA = 0, 2, 0.8  # WARM_UP turns; SIGMA of the logarithm of the lengths
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    kind: str  # of layers: te | torch
+    fp8: str  # off, or a recipe
+    recompute: str
+    tokens: int  # a micro-batch
+
+    def config(self, args: argparse.Namespace) -> Config:
+        base = Config(parallel=args.layout)
+        layers = "torch" if self.kind == "torch" else "transformer_engine"
+        if self.fp8 != "off":
+            format = "hybrid" if self.fp8 in ("tensorwise", "delayed") else "e4m3"
+            base = replace(base, fp8=replace(base.fp8, format=format, recipe=self.fp8))
+        return replace(
+            base,
+            model=replace(base.model, dtype=args.dtype, layers=layers),
+            memory=replace(base.memory, recompute=self.recompute),
+            optimizer=replace(base.optimizer, tokens_per_microbatch=self.tokens),
+        )
+
+
+@dataclass
+class Measured:
+    """One pass of a case, per device."""
+
+    what: str
+    num_layers: int
+    num_micro_batches: int
+    num_tokens: float
+    tflop: float
+    floor_s: float  # of the products alone
+    seconds: float
+    peak_gib: float
+    parts: dict[str, float]  # seconds
+
+
+def hf_config(model: str) -> SimpleNamespace:
+    """What the policy reads of a Hugging Face configuration."""
+    return SimpleNamespace(
+        architectures=["Qwen2ForCausalLM"],
+        rms_norm_eps=1e-6,
+        max_position_embeddings=32_768,
+        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
+        **dict(zip(FIELDS, SHAPES[model], strict=True)),
+    )
+
+
+def timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(self: "TimedPolicy", *args: Any, **kwargs: Any) -> Any:
+        outer = self.part
+        self.stamp(part)
+        with torch.profiler.record_function(part):
+            found = method(self, *args, **kwargs)
+        self.stamp(outer)
+        return found
+
+    return call
+
+
+class TimedPolicy(Policy):
+    def __init__(self, config: Config, hf: SimpleNamespace) -> None:
+        self.part, self.stamps = "", []
+        super().__init__(config, hf, fill)
+        self.chunks[0].config.finalize_model_grads_func = self._reduce
+
+    update, logp = timed("rest", Policy.update), timed("rest", Policy.logp)
+    _run_schedule = timed("backward", Policy._run_schedule)  # all of it that is no other part
+    _pack = timed("packing", lambda _, data: next(data))
+    _run_layers = timed("layers", Policy._forward)
+    _logprobs = timed("head", Policy._logprobs)
+    _loss = timed("objective", Policy._loss)
+    _reduce = timed("reduction", lambda _, *args, **kwargs: add_up_gradients(*args, **kwargs))
+    _step = timed("optimizer", Policy._step)
+
+    def _forward(self, data: Iterator[packing.MicroBatch], model: torch.nn.Module) -> Any:
+        return self._run_layers(iter([self._pack(data)]), model)
+
+    def stamp(self, part: str) -> None:
+        """From now on it is this part's time, the device's on CUDA."""
+        self.part, now = part, time.perf_counter()
+        if host.has_cuda():
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self.stamps.append((part, now))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of every part since the last reading, without the parts within it."""
+        found = dict.fromkeys(["", *PARTS], 0.0)
+        for (part, begin), (_, end) in pairwise(self.stamps):
+            found[part] += begin.elapsed_time(end) / 1e3 if host.has_cuda() else end - begin
+        self.stamps = []
+        return found
+
+
+@torch.no_grad()
+def fill(chunks: Sequence[torch.nn.Module]) -> None:
+    for name, weight in (pair for chunk in chunks for pair in chunk.named_parameters()):
+        weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_("norm" in name)
+
+
+def workload(case: Case, num_ranks: int, args: argparse.Namespace) -> list[packing.Sequence]:
+    """As many random sequences as fit into every rank's micro-batches, a tenth of each a prompt."""
+    random, vocab_size = np.random.default_rng(SEED), hf_config(case.model).vocab_size
+    sequences: list[packing.Sequence] = []
+    while True:
+        drawn = random.lognormal(np.log(args.mean) - SIGMA**2 / 2, SIGMA)
+        length = int(np.clip(drawn, 2, case.tokens))  # one more token is only predicted
+        tokens = random.integers(0, vocab_size, length + 1).astype(np.int32)
+        prompt, response = np.split(tokens, [max(1, length // 10)])
+        logp, correct = np.zeros(len(response), np.float32), random.random() < 0.5
+        more = [*sequences, packing.Sequence(prompt, response, logp, logp, correct, 0.5)]
+        if len(deal([s.num_tokens for s in more], num_ranks, case.tokens)[0]) > args.micro_batches:
+            return sequences
+        sequences = more
+
+
+def layers_that_fit(case: Case, config: Config) -> int:
+    """Layers of all pipeline stages, by an estimate.
+
+    A parameter takes 18 bytes in bf16 (weight 2, gradient 4, main weight 4, moments 8), 16 in
+    float32; 2 more with FP8's copies, and for torch's AdamW 4 more once activations are gone.
+    """
+    hf, ranks = hf_config(case.model), config.parallel
+    size = 2 if config.model.dtype == "bfloat16" else 4
+    each = (18 if size == 2 else 16) + (2 if case.fp8 != "off" else 0)
+    whole = 8 * hf.hidden_size + 5 * hf.intermediate_size  # values a token, heads not grouped
+    kept = {"none": whole, "selective": 8 * hf.hidden_size, "full": hf.hidden_size}[case.recompute]
+    weights, row = layer_matmul_parameters(hf), size * case.tokens
+    layer = max(each * weights + row * ranks.pipeline * kept, (each + 4) * weights) / ranks.tensor
+    num_ends = 1 if hf.tie_word_embeddings or ranks.pipeline > 1 else 2
+    ends = (each + 4) * num_ends * hf.hidden_size * hf.vocab_size / ranks.tensor
+    passing = row * 2 * whole + 6 * min(CHUNK_CELLS, case.tokens * hf.vocab_size)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / dist.get_world_size() / 2
+    if host.has_cuda():
+        memory = 0.9 * torch.cuda.mem_get_info()[1]
+    fitting = int((memory - ends - passing) / layer)
+    return max(1, min(fitting, hf.num_hidden_layers // ranks.pipeline)) * ranks.pipeline
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Of one call, which all ranks begin together."""
+    dist.barrier()
+    torch.cuda.synchronize()  # nothing on a CPU host, by host.prepare
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square product, the best of several."""
+    size = 8192 if host.has_cuda() else 1024
+    a, b = (torch.randn(size, size, device=host.device(), dtype=dtype) for _ in range(2))
+    return 2e-12 * size**3 / min(seconds(lambda: a @ b) for _ in range(20))
+
+
+def floor_seconds(
+    hf: SimpleNamespace, config: Config, rows: Sequence[tuple[int, int]], what: str
+) -> float:
+    """Of the products with the weights, on a rank that has its share of layers and the head."""
+    ranks, hidden = config.parallel.tensor, hf.hidden_size
+    attended = hidden // ranks
+    qkv = attended + 2 * attended * hf.num_key_value_heads // hf.num_attention_heads
+    inner, head = hf.intermediate_size // ranks, (hidden, hf.vocab_size // ranks)
+    layers = [(hidden, qkv), (attended, hidden), (hidden, 2 * inner), (inner, hidden)]
+    layers *= hf.num_hidden_layers // config.parallel.pipeline
+    chunk = max(1, CHUNK_CELLS // head[1])  # of tokens
+    calls = [(num, shape) for num, _ in rows for shape in layers]
+    calls += [(min(chunk, r - i), head) for _, r in rows for i in range(0, r, chunk)]
+    make = partial(torch.randn, device=host.device(), dtype=getattr(torch, config.model.dtype))
+    weights = {shape: make(shape) for _, shape in calls}
+    longest = {width: num for num, shape in sorted(calls) for width in shape}
+    values = {width: make(num, width) for width, num in longest.items()}
+
+    def multiply() -> None:
+        for num, shape in calls:
+            x, y, weight = *(values[width][:num] for width in shape), weights[shape]
+            _ = x @ weight
+            if what == STEP:
+                _ = y @ weight.t(), x.t() @ y
+
+    multiply()
+    return float(np.median([seconds(multiply) for _ in range(3)]))
+
+
+def measure(case: Case, args: argparse.Namespace) -> list[Measured]:
+    config, hf, num_devices = case.config(args), hf_config(case.model), dist.get_world_size()
+    hf.num_hidden_layers = args.layers or layers_that_fit(case, config)
+    say(f"{case}: {hf.num_hidden_layers} layers", file=sys.stderr)
+    num_ranks = parallel_state.get_data_parallel_world_size()
+    sequences = workload(case, num_ranks, args)
+    lengths, num_predicted = zip(*((s.num_tokens, len(s.response)) for s in sequences), strict=True)
+    bins = deal(lengths, num_ranks, case.tokens)[parallel_state.get_data_parallel_rank()]
+    rows = [(sum(lengths[i] for i in b), sum(num_predicted[i] for i in b)) for b in bins]
+    floors = {what: floor_seconds(hf, config, rows, what) for what in (STEP, OLD_LOGP)}
+    policy = TimedPolicy(config, hf)
+    logps = policy.logp(sequences)
+    sequences = [replace(s, old_logp=logp) for s, logp in zip(sequences, logps, strict=True)]
+    step, old_logp = partial(policy.update, sequences, 1e-6), partial(policy.logp, sequences)
+    tflop = 1e-12 * forward_flops(hf, lengths, sum(num_predicted)) / num_devices
+    counts = hf.num_hidden_layers, len(rows), sum(lengths) / num_devices
+    found = []
+    for what, call, passes in (STEP, step, 3), (OLD_LOGP, old_logp, 1):
+        timing = time_pass(policy, call, args.repeats)
+        found.append(Measured(what, *counts, passes * tflop, floors[what], *timing))
+    if args.profile:
+        profile(step, args.profile)
+    return found
+
+
+def time_pass(
+    policy: TimedPolicy, call: Callable[[], Any], repeats: int
+) -> tuple[float, float, dict[str, float]]:
+    """Seconds, peak memory and seconds of the parts."""
+    if host.has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+    turns = [(seconds(call), policy.read()) for _ in range(WARM_UP + repeats)][WARM_UP:]
+    parts = {part: float(np.median([found[part] for _, found in turns])) for part in PARTS}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of the process until now
+    if host.has_cuda():
+        peak = torch.cuda.max_memory_allocated()
+    return float(np.median([total for total, _ in turns])), peak / 2**30, parts
+
+
+def profile(call: Callable[[], Any], path: str) -> None:
+    """One more turn's trace, for chrome://tracing, and what took the device longest."""
+    with torch.profiler.profile() as profiler:
+        seconds(call)
+    if dist.get_rank() == 0:
+        profiler.export_chrome_trace(path)
+        key = f"self_{'cuda' if host.has_cuda() else 'cpu'}_time_total"
+        print(profiler.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=60))
+
+
+def say(*text: str, **options: Any) -> None:
+    if dist.get_rank() == 0:
+        print(*text, flush=True, **options)
+
+
+def report(found: dict[Case, list[Measured]], rate: float, peak: float | None) -> str:
+    figures, parts = [[*NAMES, *FIGURES]], [[*NAMES, *PARTS]]
+    for case, passes in found.items():
+        name = astuple(case)[1:]
+        if not passes:
+            figures.append([*name, "out of memory", *[""] * len(FIGURES)])
+        for m in passes:
+            speed, whole = m.tflop / m.seconds, sum(m.parts.values())
+            cells = [m.num_layers, m.num_micro_batches, f"{m.num_tokens / m.seconds:,.0f}"]
+            cells += [f"{m.tflop:.5g}", f"{speed:.4g}", f"{speed / rate:.1%}"]
+            cells += [f"{speed / peak:.1%}" if peak else "", f"{m.seconds / m.floor_s:.2f}"]
+            figures.append([*name, m.what, *cells, f"{m.peak_gib:.2f}", f"{m.seconds:.4g}"])
+            shares = (f"{s:.3g} s, {s / whole:.1%}" for s in m.parts.values())
+            parts.append([*name, m.what, *shares])
+    return f"{markdown(figures)}\n\n{markdown(parts)}\n"
+
+
+def markdown(rows: Sequence[Sequence[Any]]) -> str:
+    head, *rest = (f"| {' | '.join(map(str, row))} |" for row in rows)
+    return "\n".join([head, "|" + "---:|" * len(rows[0]), *rest])
+
+
+def goals(found: dict[Case, list[Measured]], rate: float) -> Iterator[str]:
+    for kind, what, least in GOALS:
+        of_kind = [found[c] for c in found if c.model == "7B" and kind in (c.kind, "any")]
+        mfus = [m.tflop / m.seconds / rate for passes in of_kind for m in passes if m.what == what]
+        met = f"{max(mfus):.1%}, {'met' if max(mfus) >= least else 'NOT met'}" if mfus else "–"
+        yield f"- MFU of 7B, {kind} layers, {what}, ≥ {least:.0%}: {met}"
+
+
+def arguments() -> argparse.Namespace:
+    on_cuda = host.has_cuda()
+    has_te = on_cuda and find_spec("transformer_engine") is not None
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    models, tokens = (["0.5B", "7B", "32B"], [4096, 16_384]) if on_cuda else (["toy"], [512])
+    add("--models", nargs="+", choices=SHAPES, default=models)
+    add("--layers", type=int, help="layers of every model; default: as many as fit into memory")
+    add("--layers-kind", choices=["te", "torch", "both"], default="both" if has_te else "torch")
+    recipes = ["off", "tensorwise", "delayed", "blockwise", "mxfp8"]
+    add("--fp8", nargs="+", choices=recipes, default=["off"], help="recipes, for te layers")
+    add("--recompute", nargs="+", choices=["none", "selective", "full"], default=["none"])
+    add("--tokens", type=int, nargs="+", default=tokens, help="a micro-batch")
+    add("--micro-batches", type=int, default=4, help="a step, on each data-parallel rank")
+    add("--mean", type=float, default=1000 if on_cuda else 100, help="tokens of a sequence")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
+    add("--tensor", type=int, default=1, help="ranks of torchrun's; with sequence parallelism")
+    add("--pipeline", type=int, default=1, help="ranks of torchrun's")
+    add("--repeats", type=int, default=5)
+    add("--peak", type=float, help="TFLOP/s of the device by its data sheet, for another MFU")
+    add("--profile", metavar="FILE", help="write a trace of the last case's step; print kernels")
+    args = parser.parse_args()
+    args.layout = ParallelConfig(args.tensor, args.pipeline, sequence=args.tensor > 1)
+    args.kinds = ["te", "torch"] if args.layers_kind == "both" else [args.layers_kind]
+    if "te" in args.kinds and not has_te:
+        parser.error("--layers-kind te needs a GPU and the package transformer_engine")
+    if set(args.fp8) - {"off"} and ("te" not in args.kinds or args.dtype != "bfloat16"):
+        parser.error("--fp8 needs --layers-kind te and --dtype bfloat16")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    os.environ.update({key: value for key, value in ALONE.items() if key not in os.environ})
+    parallel.initialize(args.layout, SEED)
+    rate, on_cuda = matmul_rate(getattr(torch, args.dtype)), host.has_cuda()
+    device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
+    say(f"{dist.get_world_size()} × {device}, torch {torch.__version__}: ", end="")
+    say(f"{rate:.4g} TFLOP/s in a large {args.dtype} product")
+    found = {}
+    for model in args.models:
+        options = args.kinds, args.fp8, args.recompute, args.tokens
+        for case in starmap(Case, product([model], *options)):
+            if case.kind == "torch" and case.fp8 != "off":
+                continue  # only Transformer Engine's layers have FP8
+            try:
+                found[case] = measure(case, args)
+            except torch.cuda.OutOfMemoryError:
+                if dist.get_world_size() > 1:
+                    raise  # or the other ranks would wait for this one
+                found[case] = []
+            gc.collect()
+            torch.cuda.empty_cache()
+        of_model = {case: passes for case, passes in found.items() if case.model == model}
+        say(f"\n## {model}\n\n{report(of_model, rate, args.peak)}")
+    say("\n".join(goals(found, rate)) if on_cuda else "Goals are for a GPU.")
+    parallel.finalize()
+
+
+if __name__ == "__main__":
+    main()
