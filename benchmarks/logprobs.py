@@ -34,7 +34,8 @@ from megatron_nft.policy import host, logprobs
 REFERENCE = "log_softmax + gather"
 OURS = "ours, three matmuls"
 FLOOR = "three matmuls alone"
-MAX_TIME, MAX_MEMORY = 1.25, 0.1  # goals on a CPU, in terms of the reference
+# The goals: a CPU's time in terms of the reference, a GPU's of the floor; memory of the reference.
+MAX_CPU_TIME, MAX_CUDA_TIME, MAX_MEMORY = 1.25, 1.1, 0.1
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ def recomputed(x: Inputs) -> Tensor:
 
 
 def _ours(x: Inputs, gradient: logprobs.Gradient | None) -> Tensor:
+    """As policy/step.py calls it: with the entropy where it trains."""
     logp, _ = logprobs.token_logprobs(
         x.hidden,
         x.weight,
         x.targets,
         temperature=1.0,
         vocab_size=len(x.weight),
+        with_entropy=torch.is_grad_enabled(),
         gradient=gradient,
     )
     return logp * x.factors
@@ -95,7 +98,8 @@ class ThreeMatmuls(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        size = min(len(hidden), logprobs.CHUNK_CELLS // len(weight))
+        size = logprobs.CHUNK_CELLS // len(weight)
+        size = min(len(hidden), size, logprobs.MAX_CHUNK_TOKENS)
         ctx.logits = hidden.new_empty(size, len(weight))
         for rows in hidden.split(size):
             torch.mm(rows, weight.t(), out=ctx.logits[: len(rows)])
@@ -283,14 +287,18 @@ def memory_ratio(a: Measurement | None, b: Measurement | None) -> float | None:
 
 
 def print_goals(found: Results) -> None:
-    ours, reference = (found[name, forward_and_backward] for name in (OURS, REFERENCE))
-    for what, ratio, most in (
-        ("time", time_ratio(ours, reference), MAX_TIME),
-        ("peak memory", memory_ratio(ours, reference), MAX_MEMORY),
-    ):
+    ours, reference, floor = (
+        found[name, forward_and_backward] for name in (OURS, REFERENCE, FLOOR)
+    )
+    if host.has_cuda():
+        time = FLOOR, time_ratio(ours, floor), MAX_CUDA_TIME
+    else:
+        time = REFERENCE, time_ratio(ours, reference), MAX_CPU_TIME
+    memory = REFERENCE, memory_ratio(ours, reference), MAX_MEMORY
+    for what, (other, ratio, most) in (("time", time), ("peak memory", memory)):
         verdict = "nothing to compare with" if ratio is None else f"is {ratio:.3f}"
         met = "" if ratio is None else (": met" if ratio <= most else ": NOT MET")
-        print(f"Goal: {what} of {OURS} at most {most} × {REFERENCE}; {verdict}{met}")
+        print(f"Goal: {what} of {OURS} at most {most} × {other}; {verdict}{met}")
 
 
 def main() -> None:

@@ -257,10 +257,10 @@ def measure(case: Case, args: argparse.Namespace) -> list[Measured]:
     num_ranks = parallel_state.get_data_parallel_world_size()
     sequences = workload(case, num_ranks, args)
     lengths, num_predicted = zip(*((s.num_tokens, len(s.response)) for s in sequences), strict=True)
-    bins = deal(lengths, num_ranks, case.tokens)[parallel_state.get_data_parallel_rank()]
+    policy = TimedPolicy(config, hf)
+    bins = policy._my_bins(sequences)
     rows = [(sum(lengths[i] for i in b), sum(num_predicted[i] for i in b)) for b in bins]
     floors = {what: floor_seconds(hf, config, rows, what) for what in (STEP, OLD_LOGP)}
-    policy = TimedPolicy(config, hf)
     logps = policy.logp(sequences)
     sequences = [replace(s, old_logp=logp) for s, logp in zip(sequences, logps, strict=True)]
     step, old_logp = partial(policy.update, sequences, 1e-6), partial(policy.logp, sequences)

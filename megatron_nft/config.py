@@ -33,7 +33,7 @@ class MemoryConfig:
     """What is computed again or moved away so that a model fits."""
 
     recompute: str = "none"  # activations in backward: none | selective | full (whole layers)
-    recompute_modules: list[str] = field(default_factory=lambda: ["mlp"])  # core_attn, mlp, …
+    recompute_modules: list[str] = field(default_factory=lambda: ["mlp"])  # core_attn, mlp
     offload: bool = False  # gradients, optimizer: off the GPU while the engine samples
 
 

@@ -49,11 +49,6 @@ class TokenLoss:
 Objective = Callable[[TokenBatch, Tensor, ObjectiveConfig], TokenLoss]
 
 
-def is_per_token(options: ObjectiveConfig) -> bool:
-    """True where a token's loss depends on no other token's log-probability."""
-    return not (options.name == "nft" and options.ratio == "sequence")
-
-
 OMEGAS: dict[str, Callable[[Tensor], Tensor]] = {  # ω(r̂); official `normalize` 0, 1, 2
     "uniform": torch.ones_like,
     "dr_grpo": lambda accuracy: 1 - accuracy,
@@ -154,6 +149,17 @@ OBJECTIVES: dict[str, Objective] = {
     "dapo": dapo,
     "sft": sft,
 }
+
+# Where a token's loss depends on no other token's log-probability; an objective that is not here is
+# taken to look at sequences, which is never wrong but costs the head a fourth matmul.
+PER_TOKEN: dict[str, Callable[[ObjectiveConfig], bool]] = {
+    "nft": lambda options: options.ratio == "token",
+    **dict.fromkeys(("rft", "grpo", "dr_grpo", "dapo", "sft"), lambda _: True),
+}
+
+
+def is_per_token(options: ObjectiveConfig) -> bool:
+    return options.name in PER_TOKEN and PER_TOKEN[options.name](options)
 
 
 def _log_ratio(batch: TokenBatch, logp: Tensor) -> Tensor:

@@ -7,13 +7,22 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from checkpoints_conversion.hf_files import check_weights, read_hf_config
 from megatron_nft import recipe
-from megatron_nft.config import Config, SourceConfig
+from megatron_nft.config import Config, Fp8Config, SourceConfig
 from megatron_nft.policy.host import has_cuda
-from megatron_nft.policy.layout import check_layout
+from megatron_nft.policy.layout import check_fp8, check_layout
 from megatron_nft.problems import load_problems
 
 # what may change between two starts of one run: when to look and when to stop, not what is learned
-CHANGEABLE = ("run_dir", "rollouts", "evaluate.", "checkpoint.", "logging.", "verify.")
+CHANGEABLE = (
+    "run_dir",
+    "rollouts",
+    "evaluate.",
+    "checkpoint.",
+    "logging.",
+    "verify.",
+    "memory.",
+    "rollout.memory_fraction",
+)
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -29,6 +38,7 @@ def check(config: Config, num_processes: int) -> None:
     path = Path(config.model.path)
     hf_config = read_hf_config(path)
     check_layout(hf_config, config.parallel, num_processes)
+    check_fp8(hf_config, config)
     check_engine_layout(config, hf_config, num_processes)
     check_lengths(config, hf_config)
     check_weights(path, hf_config)
@@ -71,21 +81,38 @@ def check_run_directory(config: Config) -> None:
 
 def check_transformer_engine(config: Config) -> None:
     """Refuse what only Transformer Engine computes, on a host that cannot run it."""
-    recomputed = config.memory.recompute_modules if config.memory.recompute == "selective" else []
     wanted = {
-        "memory.recompute_modules with layernorm": "layernorm" in recomputed,
         "model.layers=transformer_engine": config.model.layers == "transformer_engine",
         f"fp8.format={config.fp8.format}": config.fp8.format != "off",
     }
     lacking = "CUDA" if not has_cuda() else "the package transformer_engine"
     if has_cuda() and find_spec("transformer_engine") is not None:
+        check_fp8_hardware(config.fp8)
         return
     for what, is_wanted in wanted.items():
         if is_wanted:
             raise ValueError(
                 f"{what} needs a GPU and Transformer Engine, and this host lacks {lacking}; "
-                "take model.layers=auto, fp8.format=off and no layernorm, or another host"
+                "set model.layers=auto and fp8.format=off, or run it elsewhere"
             )
+
+
+def check_fp8_hardware(fp8: Fp8Config) -> None:
+    """Refuse recipes that this GPU or this CUDA version has no kernels for."""
+    import torch
+
+    if fp8.format == "off":
+        return
+    capability, cuda = torch.cuda.get_device_capability(), torch.version.cuda
+    if fp8.recipe == "mxfp8" and capability < (10, 0):
+        raise ValueError(
+            f"fp8.recipe=mxfp8 needs a Blackwell GPU, and this one has compute capability "
+            f"{capability[0]}.{capability[1]}; on Hopper set blockwise or tensorwise"
+        )
+    if fp8.recipe == "blockwise" and tuple(map(int, cuda.split(".")[:2])) < (12, 9):
+        raise ValueError(
+            f"fp8.recipe=blockwise needs CUDA 12.9, and torch has {cuda}; set tensorwise"
+        )
 
 
 def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_nft import recipe
 from megatron_nft.config import Config
+from megatron_nft.policy import fp8
 
 # what Megatron-Core and vLLM say at every import, on hosts that lack optional parts
 QUIET = {"PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -26,7 +27,8 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     if 0 < num_gpus() < num_processes:
         raise ValueError(
             f"the recipe's layout needs {num_processes} processes, but this host has "
-            f"{num_gpus()} GPUs; lower parallel.tensor or parallel.num_processes"
+            f"{num_gpus()} GPUs; lower parallel.tensor, parallel.pipeline, parallel.context or "
+            "parallel.num_processes"
         )
     check(config, num_processes)
     logs = Path(config.run_dir) / "logs"
@@ -39,7 +41,7 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     command += ["-m", "megatron_nft", "train", str(path), *overrides]
     print(f"starting {num_processes} processes; imports and the engine take a while", flush=True)
     # one thread each, unless the user says otherwise: what torchrun would do, without its notice
-    environment = QUIET | {"OMP_NUM_THREADS": "1"} | os.environ
+    environment = QUIET | {"OMP_NUM_THREADS": "1"} | fp8.environment(config.fp8) | os.environ
     return subprocess.run(command, env=environment).returncode
 
 

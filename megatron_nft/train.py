@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_nft import preflight, recipe
 from megatron_nft.config import Config
-from megatron_nft.policy import parallel
+from megatron_nft.policy import fp8, parallel
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.packing import Sequence, sequences_of
 from megatron_nft.rollout.groups import Group
@@ -128,6 +128,7 @@ def learning_rate(config: Config, step: int) -> float:
 def run_process(path: Path, overrides: list[str]) -> None:
     """What every process under torchrun does."""
     config = recipe.load(path, overrides)
+    fp8.check_environment(config.fp8)
     parallel.initialize(config.parallel, config.seed)
     check_once(config)
     train(config)

@@ -42,7 +42,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("bfloat16", "float32"),
     "model.layers": ("auto", "transformer_engine", "torch"),
     "memory.recompute": ("none", "selective", "full"),
-    "memory.recompute_modules[]": ("core_attn", "mlp", "layernorm"),
+    "memory.recompute_modules[]": ("core_attn", "mlp"),
     "fp8.format": ("off", "e4m3", "hybrid"),
     "fp8.recipe": ("tensorwise", "blockwise", "delayed", "mxfp8"),
     "fp8.amax_compute_algo": ("max", "most_recent"),
@@ -195,13 +195,6 @@ def _precision_rules(config: Config) -> Iterator[str]:
     if fp8.first_last_layers_bf16 and fp8.recipe == "delayed":
         may_be = "false with fp8.recipe=delayed (Megatron-Core refuses it)"
         yield _was("fp8.first_last_layers_bf16", True, may_be)
-    if fp8.recipe == "delayed" and "layernorm" in _recomputed(config):
-        may_be = "without layernorm where fp8.recipe is delayed (Megatron-Core refuses it)"
-        yield _was("memory.recompute_modules", config.memory.recompute_modules, may_be)
-
-
-def _recomputed(config: Config) -> list[str]:
-    return config.memory.recompute_modules if config.memory.recompute == "selective" else []
 
 
 def _batch_rules(config: Config) -> Iterator[str]:

@@ -77,6 +77,19 @@ def _nft(logp: torch.Tensor, s: Sequence, objective: ObjectiveConfig) -> torch.T
     return -weight * torch.log(clipped)
 
 
+def worst(a: Tensors, b: Tensors) -> float:
+    """The largest ‖a − b‖ / ‖b‖ of a parameter; one with hardly any norm counts with 1% of all's.
+
+    (The keys' biases have none but rounding: softmax does not see them.)
+    """
+    least = 0.01 * sum(float((x.astype(np.float64) ** 2).sum()) for x in b.values()) ** 0.5
+    assert a.keys() == b.keys()
+    return max(
+        float(np.linalg.norm(a[n].astype(np.float64) - b[n])) / max(float(np.linalg.norm(x)), least)
+        for n, x in b.items()
+    )
+
+
 def distance(a: Tensors, b: Tensors) -> float:
     """‖a − b‖ / ‖b‖ over all parameters."""
     assert a.keys() == b.keys()

@@ -1,5 +1,7 @@
 """A recipe's layout, memory and FP8 settings as Megatron-Core is told of them."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +11,11 @@ from transformers import Qwen2Config
 
 from checkpoints_conversion.live import _whole_name
 from megatron_nft.config import Config, Fp8Config, MemoryConfig, ModelConfig, ParallelConfig
+from megatron_nft.policy import fp8
 from megatron_nft.policy.architecture import transformer_config
+from megatron_nft.policy.layout import check_fp8
 from megatron_nft.policy.step import row_layout
+from megatron_nft.preflight import check_fp8_hardware
 
 HF_CONFIG = Qwen2Config(
     hidden_size=32,
@@ -38,24 +43,22 @@ def test_fp8_settings_arrive() -> None:
     assert _told(Config(), "fp8") == [None]
 
 
-def test_blockwise_scales_are_float32_unless_the_user_says_otherwise(
+def test_blockwise_wants_its_variable_before_anything_is_imported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import os
-
-    name = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES"
-    monkeypatch.delenv(name, raising=False)
-    transformer_config(HF_CONFIG, Config(fp8=FP8))
-    assert name not in os.environ
-    transformer_config(HF_CONFIG, Config(fp8=Fp8Config("e4m3", "blockwise")))
-    assert os.environ[name] == "1"
+    name, blockwise = "NVTE_FP8_BLOCK_SCALING_FP32_SCALES", Fp8Config("e4m3", "blockwise")
+    assert fp8.environment(blockwise) == {name: "1"}
+    assert fp8.environment(FP8) == fp8.environment(Fp8Config()) == {}
+    monkeypatch.setenv(name, "1")
+    fp8.check_environment(blockwise)
     monkeypatch.setenv(name, "0")
-    transformer_config(HF_CONFIG, Config(fp8=Fp8Config("e4m3", "blockwise")))
-    assert os.environ[name] == "0"
+    fp8.check_environment(FP8)
+    with pytest.raises(ValueError, match=f"fp8.recipe=blockwise needs {name}=1 .*it was '0'"):
+        fp8.check_environment(blockwise)
 
 
 @pytest.mark.parametrize(
-    ("fp8", "parallel", "multiple"),
+    ("options", "parallel", "multiple"),
     [
         (Fp8Config(), ParallelConfig(), 1),
         (Fp8Config(), ParallelConfig(tensor=4), 1),
@@ -66,11 +69,53 @@ def test_blockwise_scales_are_float32_unless_the_user_says_otherwise(
     ],
 )
 def test_rows_are_multiples_of_what_fp8_and_sequence_parallelism_take(
-    fp8: Fp8Config, parallel: ParallelConfig, multiple: int
+    options: Fp8Config, parallel: ParallelConfig, multiple: int
 ) -> None:
-    layout = row_layout(Config(fp8=fp8, parallel=parallel))
+    layout = row_layout(Config(fp8=options, parallel=parallel))
     assert layout.multiple == multiple
     assert sum(layout.spans([5, 11, 3])) % multiple == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "parallel", "words"),
+    [
+        (replace(FP8, num_layers_at_end_in_bf16=3), {"pipeline": 2}, "it may be at most the 2 lay"),
+        (FP8, {"tensor": 2}, "parallel.tensor=2 the model's intermediate size are 24 wide"),
+        (replace(FP8, recipe="mxfp8"), {}, "in multiples of 32, .* intermediate size are 48 wide"),
+    ],
+)
+def test_fp8_that_cannot_be_is_refused(
+    options: Fp8Config, parallel: dict[str, int], words: str
+) -> None:
+    config = Config(fp8=options, parallel=ParallelConfig(**parallel))
+    with pytest.raises(ValueError, match=words):
+        check_fp8(HF_CONFIG, config)
+    check_fp8(HF_CONFIG, replace(config, fp8=Fp8Config()))
+    check_fp8(HF_CONFIG, Config(fp8=FP8))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda", "is_right"),
+    [
+        ("mxfp8", (10, 0), "13.0", True),
+        ("mxfp8", (9, 0), "13.0", False),
+        ("blockwise", (9, 0), "12.9", True),
+        ("blockwise", (9, 0), "12.8", False),
+        ("tensorwise", (9, 0), "12.6", True),
+    ],
+)
+def test_fp8_recipes_are_checked_against_the_hardware(
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    capability: tuple[int, int],
+    cuda: str,
+    is_right: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with nullcontext() if is_right else pytest.raises(ValueError, match=f"fp8.recipe={recipe}"):
+        check_fp8_hardware(Fp8Config("hybrid", recipe))
+    check_fp8_hardware(Fp8Config("off", recipe))
 
 
 def test_recomputation_arrives() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_nft.policy import attention
 from megatron_nft.policy.attention import PackedAttention
-from megatron_nft.policy.packed_row import PackedRow, pack_row
+from megatron_nft.policy.packed_row import PackedRow, cells_of, pack_row
 
 HEAD_DIM = 16
 THETA = 10000.0
@@ -237,17 +237,19 @@ def _shares() -> list[tuple[PackedRow, int, int]]:
 def test_buckets_hold_every_token_once() -> None:
     for row in [*_random_rows(), *(row for row, _, _ in _shares())]:
         num_tokens = len(row.positions)
-        cells = torch.cat([bucket.queries.flatten() for bucket in row.buckets])
-        assert torch.equal(cells[row.scatter], torch.arange(num_tokens))
-        assert len(row.scatter.unique()) == num_tokens
+        cells = cells_of(row)
+        tokens = torch.cat([bucket.queries.flatten() for bucket in cells.buckets])
+        assert torch.equal(tokens[cells.scatter], torch.arange(num_tokens))
+        assert len(cells.scatter.unique()) == num_tokens
 
 
 def test_a_bucket_row_is_one_sequence_and_less_than_a_third_is_padding() -> None:
     for row in _random_rows():
         ends = row.cu_seqlens_q[1:].tolist()
         starts = row.cu_seqlens_q[:-1].tolist()
-        assert sum(len(bucket.keys) for bucket in row.buckets) == len(starts)
-        for bucket in row.buckets:
+        buckets = cells_of(row).buckets
+        assert sum(len(bucket.keys) for bucket in buckets) == len(starts)
+        for bucket in buckets:
             assert bucket.mask is None
             assert torch.equal(bucket.queries, bucket.keys)
             num_real, length = 0, bucket.keys.shape[1]

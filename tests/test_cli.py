@@ -162,10 +162,6 @@ MISTAKES = {
         ("model.layers=transformer_engine needs a GPU and Transformer Engine",),
         overrides=("model.layers=transformer_engine",),
     ),
-    "norms recomputed on a CPU host": Mistake(
-        ("memory.recompute_modules with layernorm needs a GPU and Transformer Engine",),
-        overrides=("memory.recompute=selective", "memory.recompute_modules=[layernorm]"),
-    ),
     "engines larger than the job": Mistake(
         ("rollout.tensor=2 does not divide the 1 processes",), overrides=("rollout.tensor=2",)
     ),

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from processes import run
-from reference import CLIP_NORM, EPS, LR, Tensors, distance, reference
+from reference import CLIP_NORM, EPS, LR, Tensors, distance, reference, worst
 from toys import random_sequences, save_qwen2
 
 from megatron_nft.config import (
@@ -66,6 +66,7 @@ LAYOUTS = {  # by the number of processes
             "pipeline": 2,
             "virtual_pipeline": 2,
         },
+        "TP2·SP·PP2": {"tensor": 2, "sequence": True, "pipeline": 2},
         "PP4": {"pipeline": 4},
         "PP4·VPP2": {"pipeline": 4, "virtual_pipeline": 2},
         "PP2·VPP4·CP2": {"pipeline": 2, "virtual_pipeline": 4, "context": 2},
@@ -101,7 +102,6 @@ class Variant:
     budget: int = 64
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     row_multiple: int = 1
-    is_offloaded: bool = False
 
 
 VARIANTS = {
@@ -116,9 +116,6 @@ VARIANTS = {
     "MLPs recomputed": Variant(memory=MemoryConfig(recompute="selective")),
     "attention and MLPs recomputed": Variant(
         memory=MemoryConfig(recompute="selective", recompute_modules=["core_attn", "mlp"])
-    ),
-    "gradients and optimizer offloaded": Variant(
-        memory=MemoryConfig(offload=True), is_offloaded=True
     ),
 }
 IN_EVERY_LAYOUT = (  # the others in those of one and two processes alone, to save minutes
@@ -202,8 +199,6 @@ def _gradient(
     if on_policy:
         logp = policy.logp(sequences)
         sequences = [replace(s, old_logp=p) for s, p in zip(sequences, logp, strict=True)]
-    if variant.is_offloaded:
-        _look_at_lent_memory(policy)
     before = _weights(policy)
     with _rows_of(variant.row_multiple):
         metrics = policy.update(sequences, lr=eps * scale)
@@ -223,14 +218,16 @@ def _rows_of(multiple: int) -> Iterator[None]:
         yield
 
 
-def _look_at_lent_memory(policy: Any) -> None:
+def _look_at_lent_memory(policy: Any) -> list[np.ndarray]:
+    """Log-probabilities, which need neither gradients nor optimizer."""
     buffers = [b for chunk in policy.ddp_chunks for b in chunk.buffers]
     sizes = [b.grad_data.untyped_storage().nbytes() for b in buffers]
     with policy.memory_lent():
         assert not any(b.grad_data.untyped_storage().nbytes() for b in buffers)
-        policy.logp(SEQUENCES)  # needs neither
+        logp = policy.logp(SEQUENCES)
     assert [b.grad_data.untyped_storage().nbytes() for b in buffers] == sizes
     assert all(sizes)
+    return logp
 
 
 def _on_policy_gradients(path: Path, layout: ParallelConfig) -> dict[str, Tensors]:
@@ -272,13 +269,17 @@ def _step_that_is_not_finite(path: Path, layout: ParallelConfig, field: str) -> 
 
 
 def _in_bfloat16(path: Path, layout: ParallelConfig) -> dict[str, Any]:
-    """Log-probabilities and loss in bf16, and the dtypes that the step works in."""
-    policy = _policy(_config(path, NFT, layout, dtype="bfloat16"))
-    logp = policy.logp(SEQUENCES)
+    """Log-probabilities and loss in bf16, and the dtypes that the step works in.
+
+    Gradients and optimizer are away while the log-probabilities are computed.
+    """
+    policy = _policy(_config(path, NFT, layout, MemoryConfig(offload=True), dtype="bfloat16"))
+    before, logp = _weights(policy), _look_at_lent_memory(policy)
     metrics = policy.update(SEQUENCES, LR)
     parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
     return {
         "logp": logp,
+        "before": before,
         "weights": _weights(policy),
         "parameters": {str(p.dtype) for p in parameters},
         "gradients": {str(p.main_grad.dtype) for p in parameters},
@@ -318,12 +319,13 @@ def _in_small_layouts(path: Path, layout: ParallelConfig) -> dict[str, Any]:
             for field in ("group_accuracy", "old_logp")
         },
         "bfloat16": _in_bfloat16(path, layout),
-        "resumed": _resumed(path, layout),
     }
 
 
-def _everything(models: Models, layouts: list[ParallelConfig]) -> list[dict[str, Any]]:
-    """For each layout what the tests below compare."""
+def everything(
+    models: Models, layouts: list[ParallelConfig], only_steps: bool = False
+) -> list[dict[str, Any]]:
+    """For each layout what the tests below compare, or only what plain torch is compared to."""
     from megatron_nft.policy import parallel
 
     results = []
@@ -331,12 +333,15 @@ def _everything(models: Models, layouts: list[ParallelConfig]) -> list[dict[str,
     is_small = torch.distributed.get_world_size() < 4
     for layout in layouts:
         parallel.lay_groups(layout, seed=0)
-        paths = models[_num_layers(layout)]
+        paths = models[num_layers(layout)]
         found = _everywhere(paths[0], layout, VARIANTS if is_small else IN_EVERY_LAYOUT)
         found["steps"] = [
             {name: _step(path, o, layout) for name, o in OBJECTIVES.items()} for path in paths
         ]
-        results.append(found | (_in_small_layouts(paths[0], layout) if is_small else {}))
+        if is_small and not only_steps:
+            found |= _in_small_layouts(paths[0], layout)
+            found["resumed"] = [_resumed(path, layout) for path in paths]
+        results.append(found)
     parallel.finalize()
     return results
 
@@ -357,10 +362,10 @@ def save_models(folder: Path) -> Models:
 def models_of(layout: str, models: Models) -> list[Path]:
     """The shallower ones, unless they have too few layers for the stages."""
     [options] = [layouts[layout] for layouts in LAYOUTS.values() if layout in layouts]
-    return models[_num_layers(ParallelConfig(**options))]
+    return models[num_layers(ParallelConfig(**options))]
 
 
-def _num_layers(layout: ParallelConfig) -> int:
+def num_layers(layout: ParallelConfig) -> int:
     return max(4, layout.pipeline * layout.virtual_pipeline)
 
 
@@ -374,7 +379,7 @@ def ours(models: Models) -> dict[str, dict[str, Any]]:
     found = {}
     for num_processes, layouts in LAYOUTS.items():
         configs = [ParallelConfig(**options) for options in layouts.values()]
-        results = run(_everything, num_processes, models, configs)[0]
+        results = run(everything, num_processes, models, configs)[0]
         found |= dict(zip(layouts, results, strict=True))
     return found
 
@@ -411,7 +416,7 @@ def test_gradient_depends_on_nothing_but_the_sequences(
     models: Models, ours: dict[str, Any], variant: str, layout: str
 ) -> None:
     expected = reference(models_of(layout, models)[0], NFT)["gradient"]
-    assert distance(ours[layout]["variants"][variant], expected) <= 1e-5
+    assert worst(ours[layout]["variants"][variant], expected) <= 1e-5
 
 
 @pytest.mark.parametrize("num", MICRO_BATCHES)
@@ -425,7 +430,7 @@ def test_a_rank_without_a_sequence_changes_nothing(
     models: Models, ours: dict[str, Any], layout: str
 ) -> None:
     expected = reference(models_of(layout, models)[0], NFT, num_sequences=1)["gradient"]
-    assert distance(ours[layout]["one sequence"], expected) <= 1e-5
+    assert worst(ours[layout]["one sequence"], expected) <= 1e-5
 
 
 @pytest.mark.processes
@@ -462,12 +467,14 @@ def test_bfloat16_parameters_have_float32_gradients(
     deltas = [a - b for a, b in zip(result["logp"], exact["logp"], strict=True)]
     assert np.abs(np.concatenate(deltas)).max() <= 0.1
     assert result["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)
-    assert distance(result["weights"], exact["weights"]) <= 2**-8  # half a unit in the last place
+    off = distance(result["weights"], exact["weights"])
+    assert off <= 2**-8  # half a unit in the last place
+    assert off <= 0.5 * distance(result["before"], exact["weights"])  # it went there
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", SMALL)
 def test_a_checkpoint_holds_all_that_the_next_step_needs(ours: dict[str, Any], layout: str) -> None:
-    through, resumed = ours[layout]["resumed"]
-    assert through.keys() == resumed.keys()
-    assert all(np.array_equal(through[n], resumed[n]) for n in through)
+    for through, resumed in ours[layout]["resumed"]:  # untied and tied
+        assert through.keys() == resumed.keys()
+        assert all(np.array_equal(through[n], resumed[n]) for n in through)

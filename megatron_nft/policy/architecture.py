@@ -67,7 +67,9 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         use_cpu_initialization=not host.has_cuda(),
         # weights are read from the checkpoint, so that initialising them would be wasted time
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        # apex's kernel adds a weight's gradient to the float32 buffer without rounding it to bf16
+        gradient_accumulation_fusion=host.has_cuda()
+        and find_spec("fused_weight_gradient_mlp_cuda") is not None,
         bias_dropout_fusion=host.has_cuda(),
         bias_activation_fusion=host.has_cuda(),
         masked_softmax_fusion=False,
@@ -91,7 +93,7 @@ def _layout_options(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, A
         "context_parallel_size": parallel.context,
         "sequence_parallel": parallel.sequence,
         "pipeline_dtype": dtype,
-        "variable_seq_lengths": has_pipeline,  # shapes travel: no row is padded to the longest
+        "variable_seq_lengths": has_pipeline,  # no row is padded to the longest
         "moe_token_dispatcher_type": "alltoall",  # what variable_seq_lengths wants, MoE or not
         # Megatron's batched sends may be paired wrongly where a schedule is interleaved, silently
         "batch_p2p_comm": not is_interleaved,

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from megatron_nft.policy.packed_row import Bucket, PackedRow
+from megatron_nft.policy.packed_row import Bucket, PackedRow, cells_of, varlen_of
 
 # from torch 2.12 on; benchmarks also run with earlier ones
 HAS_GROUPS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
@@ -77,8 +77,9 @@ class PackedAttention(torch.nn.Module):
     def _attend_cells(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
         """[N, H·D], a rectangle of cells at a time."""
         key, value = _repeated(key, query), _repeated(value, query)
-        cells = [self._attend(query, key, value, bucket) for bucket in row.buckets]
-        return torch.cat(cells).index_select(0, row.scatter)
+        cells = cells_of(row)
+        found = [self._attend(query, key, value, bucket) for bucket in cells.buckets]
+        return torch.cat(found).index_select(0, cells.scatter)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bucket: Bucket) -> Tensor:
         """One bucket's cells [S · Q, H·D]; padded cells hold values that nobody reads.
@@ -104,7 +105,7 @@ class PackedAttention(torch.nn.Module):
 
         With fewer queries than keys its causal mask lets the last query see the last key.
         """
-        segments = row.varlen
+        segments = varlen_of(row)
         if segments.keys is not None:
             key, value = (x.index_select(0, segments.keys) for x in (key, value))
         if not HAS_GROUPS:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
+from megatron_nft.policy.optimizer import torch_optimizers
 from megatron_nft.policy.step import Policy
 
 MARKER = "complete.json"
@@ -72,7 +73,7 @@ def load(path: Path, policy: Policy) -> None:
         chunk.load_state_dict(loaded[name])
     hooks = [
         optimizer.register_load_state_dict_post_hook(_steps_to_numbers)
-        for optimizer in _torch_optimizers(policy)
+        for optimizer in torch_optimizers(policy.optimizer)
     ]
     policy.optimizer.load_state_dict(loaded["optimizer"])
     for hook in hooks:
@@ -97,16 +98,9 @@ def _chunks(policy: Policy) -> dict[str, GPTModel]:
     return {f"model{number}": chunk for number, chunk in enumerate(policy.chunks)}
 
 
-def _torch_optimizers(policy: Policy) -> list[torch.optim.Optimizer]:
-    chained = getattr(policy.optimizer, "chained_optimizers", [policy.optimizer])
-    inner = [optimizer.optimizer for optimizer in chained]
-    # Transformer Engine's Adam keeps its steps elsewhere, and Megatron makes its moments itself
-    return [optimizer for optimizer in inner if isinstance(optimizer, torch.optim.AdamW)]
-
-
 def _create_adam_state(policy: Policy) -> None:
     """A fresh torch Adam has no moments yet, so that there would be nothing to load them into."""
-    for optimizer in _torch_optimizers(policy):
+    for optimizer in torch_optimizers(policy.optimizer):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if not optimizer.state[parameter]:
@@ -130,6 +124,6 @@ def _separate_adam_steps(policy: Policy) -> None:
 
     Megatron shares one among all of them; the resumed run would silently diverge.
     """
-    for optimizer in _torch_optimizers(policy):
+    for optimizer in torch_optimizers(policy.optimizer):
         for state in optimizer.state.values():
             state["step"] = torch.tensor(float(state["step"]))

@@ -1,6 +1,7 @@
 """What FP8 asks of everything around Transformer Engine's matmuls."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_nft.config import Fp8Config
@@ -10,6 +11,25 @@ def is_on(fp8: Fp8Config) -> bool:
     return fp8.format != "off"
 
 
+def environment(fp8: Fp8Config) -> Mapping[str, str]:
+    """What Transformer Engine must find in the environment when it is imported.
+
+    Blockwise scales are powers of two without it; Hopper's kernels take any float32.
+    """
+    is_blockwise = is_on(fp8) and fp8.recipe == "blockwise"
+    return {"NVTE_FP8_BLOCK_SCALING_FP32_SCALES": "1"} if is_blockwise else {}
+
+
+def check_environment(fp8: Fp8Config) -> None:
+    """Raise a ValueError where a process was started without it."""
+    for name, value in environment(fp8).items():
+        if os.environ.get(name) != value:
+            raise ValueError(
+                f"fp8.recipe={fp8.recipe} needs {name}={value} in the environment of every process "
+                f"(it was {os.environ.get(name)!r}); export it before torchrun"
+            )
+
+
 def options(fp8: Fp8Config) -> dict[str, Any]:
     """The FP8 keys of Megatron's TransformerConfig; none where FP8 is off.
 
@@ -17,8 +37,6 @@ def options(fp8: Fp8Config) -> dict[str, Any]:
     """
     if not is_on(fp8):
         return {}
-    if fp8.recipe == "blockwise":  # scales as Hopper's kernels want them; Transformer Engine's own
-        os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
     return {
         "fp8": fp8.format,
         "fp8_recipe": fp8.recipe,

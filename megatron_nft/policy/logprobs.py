@@ -19,8 +19,10 @@ from megatron_nft.policy import host
 
 # Float32 logits alive at a time on a rank: 128 MiB, on CUDA 2 GiB; 220 and 3,500 tokens of 152k
 # rows. A chunk of C tokens reads and writes main_grad once, which is C / 4 operations per byte: far
-# above the 10 that a CPU does in the time of a byte, and several times the 250 of an H100.
+# above the 10 that a CPU does in the time of a byte, and several times the 250 of an H100. More
+# tokens than MAX_CHUNK_TOKENS, where there are few rows, would cost memory for nothing.
 CHUNK_CELLS = 2**29 if host.has_cuda() else 2**25
+MAX_CHUNK_TOKENS = 4096
 
 Gradient = Callable[[Tensor, slice], Tensor]
 
@@ -174,7 +176,7 @@ class _Head:
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         """At least one: no tokens have outputs and gradients too, of size 0."""
-        size = max(1, CHUNK_CELLS // self.num_rows)
+        size = max(1, min(CHUNK_CELLS // self.num_rows, MAX_CHUNK_TOKENS))
         # once for all chunks: on a CPU, fresh pages take nearly as long as a pass over them
         self.buffer = self._empty(min(size, num_tokens), torch.float32)
         for start in range(0, max(1, num_tokens), size):

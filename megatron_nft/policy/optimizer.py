@@ -50,6 +50,25 @@ def adamw(chunks: Sequence[DistributedDataParallel], config: Config) -> Megatron
     return get_megatron_optimizer(optimizer_config, list(chunks))
 
 
+def torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
+    """The torch AdamWs inside; Transformer Engine's Adam keeps its steps elsewhere."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    inner = [one.optimizer for one in chained]
+    return [one for one in inner if isinstance(one, torch.optim.AdamW)]
+
+
+def restore(optimizer: MegatronOptimizer) -> None:
+    """Bring the optimizer's state back to the device, from `offload_to_cpu`.
+
+    Megatron brings torch Adam's counts of steps too, which torch keeps on the host: it would wait
+    for the device at every parameter to read them.
+    """
+    optimizer.restore_from_cpu()
+    for inner in torch_optimizers(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].cpu()
+
+
 def add_up_gradients(model: list[torch.nn.Module], _num_tokens: Tensor | None, **kw: Any) -> None:
     """Megatron's reduction without its division: the losses are scaled already."""
     finalize_model_grads(model, None, **kw)

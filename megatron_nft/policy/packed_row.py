@@ -6,7 +6,7 @@ attention costs every rank the same. The row of a rank is its share of all seque
 other; with one rank, the sequences whole.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -48,16 +48,28 @@ class Varlen:
     keys: Tensor | None  # int64, the tokens of the gathered rows in the segments' order
 
 
+@dataclass(frozen=True)
+class Cells:
+    """All segments in buckets, for a kernel that takes rectangles."""
+
+    buckets: list[Bucket]
+    scatter: Tensor  # int64 [N], each token's cell among all buckets' query cells
+
+
 @dataclass
 class PackedRow(PackedSeqParams):
-    """Megatron's description of a packed row, plus what our attention derives from it once."""
+    """Megatron's description of a packed row, and ours of this rank's share.
+
+    The last three are made by the first layer that needs them.
+    """
 
     positions: Tensor | None = None  # int64 [N], each of this rank's tokens in its own sequence
     tokens: Tensor | None = None  # int64 [N], where in the whole row this rank's tokens lie
-    buckets: list[Bucket] = field(default_factory=list)
-    scatter: Tensor | None = None  # int64 [N], each token's cell among all buckets' query cells
+    segments: Segments | None = None
+    gathered: Tensor | None = None  # int64, where gathered rows have the whole row's tokens
+    rope: tuple[Tensor, Tensor] | None = None  # cos, sin [N, 1, D]
+    cells: Cells | None = None
     varlen: Varlen | None = None
-    rope: tuple[Tensor, Tensor] | None = None  # cos, sin [N, 1, D], made by the first layer
 
 
 def pack_row(
@@ -70,9 +82,6 @@ def pack_row(
     sizes = torch.tensor(lengths)
     starts = torch.cumsum(sizes, 0) - sizes
     shares = [_zigzag(sizes, starts, number, num_ranks) for number in range(num_ranks)]
-    gathered = torch.argsort(torch.cat(shares))  # where a token of the whole row comes to lie
-    segments = _segments(sizes, starts, rank, num_ranks)
-    buckets, scatter = _buckets(segments, gathered, masked=num_ranks > 1)
     positions = shares[rank] - torch.repeat_interleave(starts, sizes)[shares[rank]]
     cu_seqlens = _cumulative(sizes).to(device)
     return PackedRow(
@@ -83,10 +92,23 @@ def pack_row(
         max_seqlen_kv=int(sizes.max()),
         positions=positions.to(device),
         tokens=shares[rank],
-        buckets=[_to(bucket, device) for bucket in buckets],
-        scatter=scatter.to(device),
-        varlen=_varlen(segments, gathered if num_ranks > 1 else None, device),
+        segments=_segments(sizes, starts, rank, num_ranks),
+        gathered=torch.argsort(torch.cat(shares)) if num_ranks > 1 else None,
     )
+
+
+def cells_of(row: PackedRow) -> Cells:
+    """The row's segments as rectangles, on the row's device; made once."""
+    if row.cells is None:
+        row.cells = _cells_of(row.segments, row.gathered, row.positions.device)
+    return row.cells
+
+
+def varlen_of(row: PackedRow) -> Varlen:
+    """The row's segments one behind the other, on the row's device; made once."""
+    if row.varlen is None:
+        row.varlen = _varlen_of(row.segments, row.gathered, row.positions.device)
+    return row.varlen
 
 
 def _zigzag(sizes: Tensor, starts: Tensor, rank: int, num_ranks: int) -> Tensor:
@@ -108,7 +130,7 @@ def _segments(sizes: Tensor, starts: Tensor, rank: int, num_ranks: int) -> Segme
     return Segments(torch.cumsum(chunks, 0) - chunks, chunks, starts.repeat_interleave(2), seen)
 
 
-def _buckets(segments: Segments, gathered: Tensor, masked: bool) -> tuple[list[Bucket], Tensor]:
+def _cells_of(segments: Segments, gathered: Tensor | None, device: torch.device) -> Cells:
     """Group segments so that padding stays below a third of a bucket's keys."""
     order = torch.argsort(segments.kv_sizes, stable=True)
     scatter = torch.empty(int(segments.q_sizes.sum()), dtype=torch.int64)
@@ -117,14 +139,17 @@ def _buckets(segments: Segments, gathered: Tensor, masked: bool) -> tuple[list[B
     for first, last in pairwise(_cuts(segments.kv_sizes[order])):
         members = order[first:last]
         q_sizes, kv_sizes = segments.q_sizes[members], segments.kv_sizes[members]
-        queries, is_query = _cells(segments.q_starts[members], q_sizes)
-        keys, _ = _cells(segments.kv_starts[members], kv_sizes)
+        queries, is_query = _rectangle(segments.q_starts[members], q_sizes)
+        keys, _ = _rectangle(segments.kv_starts[members], kv_sizes)
         cell_ids = num_cells + torch.arange(queries.numel()).view_as(queries)
         scatter[queries[is_query]] = cell_ids[is_query]
         num_cells += queries.numel()
-        mask = _mask(q_sizes, kv_sizes, queries.shape[1], keys.shape[1]) if masked else None
-        buckets.append(Bucket(queries, gathered[keys], mask))
-    return buckets, scatter
+        mask = None
+        if gathered is not None:
+            mask = _mask(q_sizes, kv_sizes, queries.shape[1], keys.shape[1]).to(device)
+            keys = gathered[keys]
+        buckets.append(Bucket(queries.to(device), keys.to(device), mask))
+    return Cells(buckets, scatter.to(device))
 
 
 def _cuts(sizes: Tensor) -> list[int]:
@@ -136,7 +161,7 @@ def _cuts(sizes: Tensor) -> list[int]:
     return cuts
 
 
-def _cells(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def _rectangle(starts: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
     """A run's tokens in each row, the last one repeated to the longest; which are no repetition."""
     offsets = torch.arange(int(sizes.max()))
     return starts[:, None] + torch.minimum(offsets, sizes[:, None] - 1), offsets < sizes[:, None]
@@ -148,7 +173,7 @@ def _mask(q_sizes: Tensor, kv_sizes: Tensor, num_queries: int, num_keys: int) ->
     return (torch.arange(num_keys) <= last_seen[:, :, None]).unsqueeze(1)
 
 
-def _varlen(segments: Segments, gathered: Tensor | None, device: torch.device) -> Varlen:
+def _varlen_of(segments: Segments, gathered: Tensor | None, device: torch.device) -> Varlen:
     keys = None
     if gathered is not None:
         keys = gathered[_ranges(segments.kv_starts, segments.kv_sizes)].to(device)
@@ -169,8 +194,3 @@ def _ranges(firsts: Tensor, sizes: Tensor) -> Tensor:
 
 def _cumulative(sizes: Tensor) -> Tensor:
     return F.pad(torch.cumsum(sizes, 0), (1, 0)).to(torch.int32)
-
-
-def _to(bucket: Bucket, device: torch.device) -> Bucket:
-    mask = None if bucket.mask is None else bucket.mask.to(device)
-    return Bucket(bucket.queries.to(device), bucket.keys.to(device), mask)

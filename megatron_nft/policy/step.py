@@ -40,7 +40,7 @@ from megatron_nft.policy.architecture import (
 from megatron_nft.policy.balance import deal
 from megatron_nft.policy.flops import attention_share
 from megatron_nft.policy.logprobs import Gradient, token_logprobs
-from megatron_nft.policy.optimizer import adamw, add_up_gradients, data_parallel
+from megatron_nft.policy.optimizer import adamw, add_up_gradients, data_parallel, restore
 from megatron_nft.policy.packing import MicroBatch, RowLayout, Sequence, micro_batch
 from megatron_nft.policy.pipeline import schedule_options
 
@@ -122,7 +122,7 @@ class Policy:
             chunk.offload_grad_buffers()
         self.optimizer.offload_to_cpu()
         yield
-        self.optimizer.restore_from_cpu()
+        restore(self.optimizer)
         for chunk in self.ddp_chunks:
             chunk.restore_grad_buffers()
 
@@ -146,11 +146,11 @@ class Policy:
     def _my_bins(self, sequences: Seq[Sequence]) -> list[list[int]]:
         """This data-parallel rank's micro-batches, as indices into the sequences."""
         parallel = self.config.parallel
-        layout = row_layout(self.config)
+        layout, budget = row_layout(self.config), self.config.optimizer.tokens_per_microbatch
         bins = deal(
             [layout.padded(s.num_tokens) for s in sequences],
             parallel_state.get_data_parallel_world_size(),
-            self.config.optimizer.tokens_per_microbatch,
+            max(1, budget // layout.multiple) * layout.multiple,
             quadratic=attention_share(self.hf_config),
             # an interleaved schedule takes micro-batches in rounds of one a pipeline rank
             multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
@@ -182,7 +182,7 @@ class Policy:
             data_iterator=list(itertools.tee(micro_batches, len(self.ddp_chunks))),
             model=self.ddp_chunks,
             num_microbatches=len(bins),
-            seq_length=0,  # unused: shapes travel with variable_seq_lengths
+            seq_length=0,  # unused with variable_seq_lengths
             micro_batch_size=1,
             forward_only=forward_only,
             **schedule_options(self.chunks[0].config, self._row_lengths(sequences, bins)),
