@@ -54,6 +54,7 @@ class Run(ExitStack):
         hf_config = read_hf_config(path)
         fill = partial(hf_to_megatron.load, path=path, hf_config=hf_config)
         self.policy = Policy(config, hf_config, fill)
+        checkpoint.check(self.policy)
         self.state = self._resume()
         with self.policy.memory_lent():
             self.engine = self._start_engine() if self.samples or self.eval_sets else None

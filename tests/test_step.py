@@ -87,6 +87,7 @@ NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 SMALL = [name for num, layouts in LAYOUTS.items() if num < 4 for name in layouts]
 MICRO_BATCHES = (1, 2, 5)
 Models = dict[int, list[Path]]  # by their layers: one with a head of its own, one that is tied
+WIDE = 0  # and a tied one whose every parameter fills whole blocks of 128 elements
 
 
 def _budget(num_micro_batches: int) -> int:
@@ -302,6 +303,16 @@ def _resumed(path: Path, layout: ParallelConfig) -> list[Tensors]:
     return [_weights(first), _weights(second)]
 
 
+def _refusal_to_save(path: Path, layout: ParallelConfig) -> str:
+    from megatron_nft.policy import checkpoint
+
+    try:
+        checkpoint.check(_policy(_config(path, NFT, layout)))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _everywhere(path: Path, layout: ParallelConfig, variants: Iterable[str]) -> dict[str, Any]:
     return {
         "variants": {
@@ -340,7 +351,8 @@ def everything(
         ]
         if is_small and not only_steps:
             found |= _in_small_layouts(paths[0], layout)
-            found["resumed"] = [_resumed(path, layout) for path in paths]
+            found["resumed"] = [_resumed(path, layout) for path in (paths[0], models[WIDE][0])]
+            found["not saved"] = _refusal_to_save(paths[1], layout)
         results.append(found)
     parallel.finalize()
     return results
@@ -350,7 +362,8 @@ def everything(
 
 
 def save_models(folder: Path) -> Models:
-    return {
+    wide = save_qwen2(folder / "wide", tied=True, num_hidden_layers=4, hidden_size=128)
+    return {WIDE: [wide]} | {
         num_layers: [
             save_qwen2(folder / f"{num_layers}-{tied}", tied=tied, num_hidden_layers=num_layers)
             for tied in (False, True)
@@ -475,6 +488,16 @@ def test_bfloat16_parameters_have_float32_gradients(
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", SMALL)
 def test_a_checkpoint_holds_all_that_the_next_step_needs(ours: dict[str, Any], layout: str) -> None:
-    for through, resumed in ours[layout]["resumed"]:  # untied and tied
+    for through, resumed in ours[layout]["resumed"]:  # untied, and tied and wide
         assert through.keys() == resumed.keys()
         assert all(np.array_equal(through[n], resumed[n]) for n in through)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", SMALL)
+def test_a_checkpoint_that_megatron_would_get_wrong_is_refused(
+    ours: dict[str, Any], layout: str
+) -> None:
+    """A tied embedding of 67 · 32 elements has a padded bucket of its own on the last stage."""
+    has_buckets = layout in ("PP2", "PP2·VPP2")
+    assert ("parallel.distributed_optimizer=false" in ours[layout]["not saved"]) == has_buckets

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
+from megatron_nft.policy import host
 from megatron_nft.policy.optimizer import torch_optimizers
 from megatron_nft.policy.step import Policy
 
@@ -35,11 +36,35 @@ class RunState:
     accuracy: float = 0.0  # of the last evaluation, the mean over its sets
 
 
+def check(policy: Policy) -> None:
+    """Refuse an optimizer that Megatron would silently save wrongly; collective.
+
+    Its fully reshardable format looks for the buckets of a gradient buffer where they lie with the
+    padding between them, in a copy that has none (distrib_optimizer.py knows it as issue 504). Only
+    a tied embedding on several pipeline stages has a bucket to itself.
+
+    Raises:
+        ValueError: a bucket that another one follows is padded.
+    """
+    buffers = [buffer for chunk in policy.ddp_chunks for buffer in chunk.buffers]
+    inner = [bucket for buffer in buffers for bucket in buffer.buckets[:-1]]
+    is_padded = any(bucket.numel_unpadded != bucket.grad_data.numel() for bucket in inner)
+    found = torch.tensor(float(is_padded), device=host.device())
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    if found.item():
+        raise ValueError(
+            "parallel.distributed_optimizer=true with parallel.pipeline above 1: checkpoints of this "
+            "tied model would be wrong (its layers or its embedding are no multiple of "
+            "lcm(128, DP·CP) elements); set parallel.distributed_optimizer=false"
+        )
+
+
 def save(directory: Path, policy: Policy, state: RunState, keep: int) -> None:
     """Write `directory/rollout_N`, mark it complete, and drop all but the newest `keep`.
 
     Collective.
     """
+    check(policy)
     path = directory / f"rollout_{state.rollout}"
     if dist.get_rank() == 0:
         shutil.rmtree(path, ignore_errors=True)
