@@ -53,8 +53,8 @@ def check(policy: Policy) -> None:
     dist.all_reduce(found, dist.ReduceOp.MAX)
     if found.item():
         raise ValueError(
-            "parallel.distributed_optimizer=true with parallel.pipeline above 1: checkpoints of this "
-            "tied model would be wrong (its layers or its embedding are no multiple of "
+            "parallel.distributed_optimizer=true with parallel.pipeline above 1: checkpoints of "
+            "this tied model would be wrong (its layers or its embedding are no multiple of "
             "lcm(128, DP·CP) elements); set parallel.distributed_optimizer=false"
         )
 

@@ -179,6 +179,8 @@ class _Head:
         size = max(1, min(CHUNK_CELLS // self.num_rows, MAX_CHUNK_TOKENS))
         # once for all chunks: on a CPU, fresh pages take nearly as long as a pass over them
         self.buffer = self._empty(min(size, num_tokens), torch.float32)
+        if self.call.with_entropy:
+            self.scratch = self._empty(max(1, len(self.buffer) // 8), torch.float32)
         for start in range(0, max(1, num_tokens), size):
             yield slice(start, min(start + size, num_tokens))
 
@@ -206,10 +208,13 @@ class _Head:
         top = logits.amax(dim=1)
         exps = logits.sub_(top[:, None]).exp_()
         own = [top, exps.sum(dim=1), target_logit]
-        if self.call.with_entropy:  # part by part: the products need memory of their own
-            parts = exps.split(max(1, len(exps) // 8))
-            own.append(torch.cat([torch.xlogy(part, part).sum(dim=1) for part in parts]))
+        if self.call.with_entropy:
+            own.append(torch.cat([self._plogp(part) for part in exps.split(len(self.scratch))]))
         return exps, torch.stack(own)
+
+    def _plogp(self, exps: Tensor) -> Tensor:
+        """Σ exp · log exp of some rows; the products need memory of their own."""
+        return torch.xlogy(exps, exps, out=self.scratch[: len(exps)]).sum(dim=1)
 
     def grad_logits(
         self, exps: Tensor, scale: Tensor, targets: Tensor, grad_logp: Tensor
