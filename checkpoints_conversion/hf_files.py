@@ -1,20 +1,25 @@
 """Hugging Face directories: what they hold, checked before anybody relies on it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from checkpoints_conversion.families import FAMILIES, mappings_for
+from checkpoints_conversion.families import FAMILIES, family_of, mappings_for, sizes_of
+from checkpoints_conversion.safetensors_file import Place, read_places
+from checkpoints_conversion.source import File, Info
 
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # stored by some tools although the configuration determines them
 DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+ROPE_TYPES = ("default", "linear", "llama3")  # frequencies alone; others scale attention too
 
 
 def read_hf_config(path: Path) -> PretrainedConfig:
@@ -25,29 +30,38 @@ def read_hf_config(path: Path) -> PretrainedConfig:
             table, or a variant of it that we do not compute.
     """
     if not (path / "config.json").is_file():
-        raise ValueError(
-            f"model.path: {path} has no config.json; give the directory of a Hugging Face model"
-        )
-    raw = _read_json(path / "config.json")
+        raise ValueError(f"{path} has no config.json; give the directory of a Hugging Face model")
+    raw = read_json(path / "config.json")
     architecture = (raw.get("architectures") or ["model without `architectures` in config.json"])[0]
     if architecture not in FAMILIES:
-        raise ValueError(
-            f"model.path: {path} is a {architecture}; supported: {', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"{path} is a {architecture}; supported: {', '.join(FAMILIES)}")
     try:
         hf_config = AutoConfig.from_pretrained(path)
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise ValueError(f"{path / 'config.json'}: transformers refuses it: {error}") from error
-    if hf_config.hidden_act != "silu":
-        raise ValueError(f"model.path: {path} has hidden_act={hf_config.hidden_act!r}, not 'silu'")
-    if getattr(hf_config, "use_sliding_window", False):
-        raise ValueError(f"model.path: {path} uses sliding-window attention, which is unsupported")
-    if (rope := hf_config.rope_parameters.get("rope_type", "default")) != "default":
-        raise ValueError(f"model.path: {path} has rope type {rope!r}; supported: 'default'")
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type) != architecture:
+        raise ValueError(
+            f"{path / 'config.json'}: model_type {hf_config.model_type!r} is no {architecture}"
+        )
+    if why := _refusal(hf_config):
+        raise ValueError(f"{path} has {why}, which is unsupported")
     return hf_config
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _refusal(hf_config: PretrainedConfig) -> str | None:
+    """What in a configuration of a known family cannot be computed."""
+    if hf_config.hidden_act != "silu":
+        return f"hidden_act={hf_config.hidden_act!r} (it may be 'silu')"
+    if (rope := hf_config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
+        return f"rope type {rope!r} (it may be {', '.join(ROPE_TYPES)})"
+    if (quantization := getattr(hf_config, "quantization_config", None)) is not None:
+        method = dict(quantization).get("quant_method", quantization)
+        return f"weights quantized with {method} (take the original in bfloat16)"
+    return family_of(hf_config).refusal(hf_config)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; ValueError where it does not."""
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:
@@ -57,27 +71,19 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def expected_names(hf_config: PretrainedConfig) -> list[str]:
-    """Every tensor that a checkpoint of this model holds, by its Hugging Face name."""
-    return [
-        name
-        for mapping in mappings_for(hf_config)
-        for layer in range(hf_config.num_hidden_layers if mapping.in_every_layer else 1)
-        for name in mapping.names(layer)[1]
-    ]
-
-
 def expected_shapes(hf_config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of `expected_names`, by transformers' own model."""
-    from transformers import AutoModelForCausalLM  # seconds, of no use where config.json is wrong
-
-    with torch.device("meta"):
-        tensors = AutoModelForCausalLM.from_config(hf_config).state_dict()
-    return {name: tuple(tensors[name].shape) for name in expected_names(hf_config)}
+    """Every tensor that a checkpoint of this model holds, by its Hugging Face name."""
+    sizes = sizes_of(hf_config)
+    return {
+        name: shape
+        for mapping in mappings_for(hf_config)
+        for _, hf_names in mapping.names(sizes)
+        for name, shape in zip(hf_names, mapping.hf_shapes(sizes), strict=True)
+    }
 
 
 class HFWeights:
-    """The tensors of a Hugging Face directory, read on demand.
+    """The tensors of a Hugging Face directory, read on demand: a `Source`.
 
     Raises:
         ValueError: no weights there; a shard missing or damaged (it is named); names that the
@@ -86,32 +92,58 @@ class HFWeights:
 
     def __init__(self, path: Path, hf_config: PretrainedConfig) -> None:
         self.path = path
-        self._files, shapes = _tensor_files(path)
-        self._check_names(hf_config)
-        for name, expected in expected_shapes(hf_config).items():
-            if shapes[name] != expected:
+        self._files, self._places = _find_tensors(path)
+        expected = expected_shapes(hf_config)
+        self._drop_copies(hf_config)
+        check_names(str(path), self._places, expected)
+        for name, shape in expected.items():
+            if (found := self._places[name].info.shape) != shape:
                 raise ValueError(
-                    f"{path / self._files[name]}: {name} has shape {shapes[name]}, but config.json "
-                    f"makes it {expected}; weights and configuration are of different models"
+                    f"{path / self._files[name]}: {name} has shape {found}, but config.json "
+                    f"makes it {shape}; weights and configuration are of different models"
                 )
 
-    def __getitem__(self, name: str) -> Tensor:
-        file = self.path / self._files[name]
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                return tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cannot read {name}: {error}") from error
+    @cached_property
+    def infos(self) -> Mapping[str, Info]:
+        """Every tensor, file by file and in each file's order."""
+        return {name: place.info for name, place in self._places.items()}
 
-    def _check_names(self, hf_config: PretrainedConfig) -> None:
-        expected = set(expected_names(hf_config))
-        found = {name for name in self._files if not name.endswith(DERIVED_SUFFIXES)}
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(info.num_bytes for info in self.infos.values())
+
+    def read(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out` with the tensor's rows from `start` on."""
+        place = self._places[name]
+        self._open[self._files[name]].read(place.offset + start * place.info.row_bytes, out)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The whole tensor."""
+        info = self.infos[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.read(name, 0, tensor)
+        return tensor
+
+    @cached_property
+    def _open(self) -> dict[str, File]:
+        return {name: File(self.path / name) for name in set(self._files.values())}
+
+    def _drop_copies(self, hf_config: PretrainedConfig) -> None:
+        """Forget what a checkpoint may hold although other tensors determine it."""
+        copies = {name for name in self._places if name.endswith(DERIVED_SUFFIXES)}
         if hf_config.tie_word_embeddings:
-            found.discard("lm_head.weight")  # a copy of the embedding in some checkpoints
-        if missing := sorted(expected - found):
-            raise ValueError(f"{self.path}: missing weights: {_some(missing)}")
-        if unknown := sorted(found - expected):
-            raise ValueError(f"{self.path}: weights that the model does not have: {_some(unknown)}")
+            copies.add("lm_head.weight")
+        for name in copies:
+            self._places.pop(name, None)
+
+
+def check_names(where: str, found: Collection[str], expected: Collection[str]) -> None:
+    """Raise ValueError with the names that one side has and the other has not."""
+    if missing := sorted(set(expected) - set(found)):
+        raise ValueError(f"{where}: missing weights: {some(missing)}")
+    if unknown := sorted(set(found) - set(expected)):
+        raise ValueError(f"{where}: weights that the model does not have: {some(unknown)}")
 
 
 def check_weights(path: Path, hf_config: PretrainedConfig) -> None:
@@ -123,40 +155,36 @@ def check_weights(path: Path, hf_config: PretrainedConfig) -> None:
     HFWeights(path, hf_config)
 
 
-def _tensor_files(path: Path) -> tuple[Mapping[str, str], Mapping[str, tuple[int, ...]]]:
-    """Which file holds each tensor, and each tensor's shape; every file's header is read."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        by_name = _read_json(index).get("weight_map")
+def stored_infos(path: Path) -> dict[str, Info]:
+    """Every tensor in a directory's shards, of whatever model."""
+    _, places = _find_tensors(path)
+    return {name: place.info for name, place in places.items()}
+
+
+def _find_tensors(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
+    """Which file holds each tensor, and where; every file's header is read."""
+    if (path / INDEX).is_file():
+        by_name = read_json(path / INDEX).get("weight_map")
         if not isinstance(by_name, dict):
-            raise ValueError(f"{index}: has no weight_map; download it again")
-    elif (path / "model.safetensors").is_file():
-        shapes = _shapes_in(path / "model.safetensors")
-        return dict.fromkeys(shapes, "model.safetensors"), shapes
+            raise ValueError(f"{path / INDEX}: has no weight_map; download it again")
+    elif (path / SINGLE).is_file():
+        places = read_places(path / SINGLE)
+        return dict.fromkeys(places, SINGLE), places
     else:
-        raise ValueError(
-            f"model.path: {path} holds neither model.safetensors nor model.safetensors.index.json"
-        )
-    shapes = {}
+        raise ValueError(f"{path} holds neither {SINGLE} nor {INDEX}")
+    found = {}
     for file in sorted(set(by_name.values())):
-        present = _shapes_in(path / file)
-        promised = sorted(name for name in by_name if by_name[name] == file)
-        if absent := [name for name in promised if name not in present]:
-            raise ValueError(f"{path / file}: the index promises {_some(absent)}, not found in it")
-        shapes |= {name: present[name] for name in promised}
-    return by_name, shapes
+        if not (path / file).is_file():
+            raise ValueError(f"{path / file}: missing, but in the index; download it again")
+        places = read_places(path / file)
+        promised = {name for name in by_name if by_name[name] == file}
+        if absent := sorted(promised - places.keys()):
+            raise ValueError(f"{path / file}: the index promises {some(absent)}, not found in it")
+        found |= {name: place for name, place in places.items() if name in promised}
+    return by_name, found
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
-    if not file.is_file():
-        raise ValueError(f"{file}: missing, though the index names it; download it again")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: damaged or truncated ({error}); download it again") from error
-
-
-def _some(names: list[str], limit: int = 5) -> str:
+def some(names: list[str], limit: int = 5) -> str:
+    """The first few of many names."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

@@ -3,20 +3,30 @@
 import re
 from collections.abc import Sequence
 
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
+
+from checkpoints_conversion.mapping import Mapping
 
 # Transformer Engine keeps a norm's weight in the linear layer that it is fused with
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+LAYERED = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+# experts of this rank, one module each or all in one of Transformer Engine's grouped layers
+EXPERTS = (
+    re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<rest>.*)"),
+    re.compile(r"mlp\.experts\.(?P<rest>linear_fc\d\.weight)(?P<expert>\d+)"),
+)
 
 
 def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, Parameter]:
     """This rank's parameters by the names of the families' tables: layers counted from the first
-    pipeline stage on, norms apart. A tied model's head on the last stage, a copy of the embedding,
-    is `output_layer.weight`.
+    pipeline stage on, experts from the first expert-parallel rank on, norms apart. A tied model's
+    head on the last stage, a copy of the embedding, is `output_layer.weight`.
     """
     return {
         _whole_name(name, chunk): parameter
@@ -25,9 +35,21 @@ def named_parameters(chunks: Sequence[GPTModel]) -> dict[str, Parameter]:
     }
 
 
+def tensor_group(mapping: Mapping) -> ProcessGroup:
+    """The ranks that hold one parameter's shards; experts have groups of their own."""
+    if mapping.is_expert:
+        return parallel_state.get_expert_tensor_parallel_group()
+    return parallel_state.get_tensor_model_parallel_group()
+
+
 def _whole_name(name: str, chunk: GPTModel) -> str:
-    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+    match = LAYERED.fullmatch(name)
     if not match:
         return name
-    number = chunk.decoder.layers[int(match[1])].layer_number - 1  # Megatron counts from 1
-    return f"decoder.layers.{number}.{FUSED_NORMS.get(match[2], match[2])}"
+    layer = chunk.decoder.layers[int(match[1])]
+    rest = FUSED_NORMS.get(match[2], match[2])
+    for pattern in EXPERTS:
+        if expert := pattern.fullmatch(rest):
+            number = layer.mlp.local_expert_indices[int(expert["expert"])]
+            rest = f"mlp.experts.{number}.{expert['rest']}"
+    return f"decoder.layers.{layer.layer_number - 1}.{rest}"  # Megatron counts from 1

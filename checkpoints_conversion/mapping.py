@@ -1,13 +1,15 @@
-"""How Hugging Face tensors and one Megatron-Core parameter's shards relate.
+"""How Hugging Face tensors and one Megatron-Core parameter relate.
 
-A mapping is data: two names and a kind. It is read in both directions, `split` (HF tensors to
-one tensor-parallel rank's shard) and `join` (all ranks' shards to HF tensors), so that files and
-live models can never disagree. Names hold `{layer}`, the layer's number from 0.
+A mapping is data: names, shapes and a kind. It is read in both directions, by live models (`split`:
+HF tensors to one tensor-parallel rank's shard; `join`: all ranks' shards to HF tensors) and by
+files (`runs`: which HF rows a whole Megatron parameter is made of), so that files and live models
+can never disagree. Names hold `{layer}` and `{expert}`, numbers from 0.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, product
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +18,39 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the mappings need to know of a model."""
+    """What the mappings need to know of a model; a shape is a tuple of these fields' names."""
 
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    vocab_size: int  # the model's own, without padding
+    vocab: int  # the model's own, without padding
+    hidden: int
+    ffn: int  # of one expert where there are experts
+    num_experts: int = 0
+
+    @property
+    def queries(self) -> int:
+        """Width of all queries of a token."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        """Width of all keys of a token, and of all values."""
+        return self.num_kv_heads * self.head_dim
+
+    def shape(self, names: Sequence[str]) -> tuple[int, ...]:
+        """`("ffn", "hidden")` as numbers."""
+        return tuple(getattr(self, name) for name in names)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive rows of one HF tensor, the `source`-th of a mapping's."""
+
+    source: int
+    start: int
+    stop: int
 
 
 def padded_vocab_size(vocab_size: int, num_ranks: int) -> int:
@@ -32,8 +60,15 @@ def padded_vocab_size(vocab_size: int, num_ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Mapping(ABC):
+    """One Megatron parameter and the HF tensors that it is made of.
+
+    Args:
+        shapes: of each HF tensor, in names of `Sizes`' fields.
+    """
+
     megatron: str
     hf: tuple[str, ...]
+    shapes: tuple[tuple[str, ...], ...]
 
     @abstractmethod
     def split(self, tensors: Sequence[Tensor], rank: int, num_ranks: int, sizes: Sizes) -> Tensor:
@@ -43,18 +78,36 @@ class Mapping(ABC):
     def join(self, shards: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
         """The whole HF tensors, in the order of `hf`, from all ranks' shards."""
 
-    def names(self, layer: int) -> tuple[str, tuple[str, ...]]:
-        """The Megatron name and the HF names in this layer."""
-        return self.megatron.format(layer=layer), tuple(n.format(layer=layer) for n in self.hf)
+    def runs(self, sizes: Sizes) -> list[Run]:
+        """The whole Megatron parameter's rows, without padding, from top to bottom."""
+        return [Run(source, 0, shape[0]) for source, shape in enumerate(self.hf_shapes(sizes))]
+
+    def names(self, sizes: Sizes) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The Megatron name and its HF names, for every layer and every expert."""
+        layers = range(sizes.num_layers if "{layer}" in self.megatron else 1)
+        experts = range(sizes.num_experts if self.is_expert else 1)
+        for layer, expert in product(layers, experts):
+            place = {"layer": layer, "expert": expert}
+            yield self.megatron.format(**place), tuple(name.format(**place) for name in self.hf)
+
+    def hf_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
+        """The shape of each HF tensor."""
+        return [sizes.shape(shape) for shape in self.shapes]
+
+    def megatron_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """The shape of the whole Megatron parameter, without padding."""
+        shapes = self.hf_shapes(sizes)
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     @property
-    def in_every_layer(self) -> bool:
-        return "{layer}" in self.megatron
+    def is_expert(self) -> bool:
+        """True where there is one such parameter for each expert."""
+        return "{expert}" in self.megatron
 
 
 @dataclass(frozen=True)
 class Replicated(Mapping):
-    """The same tensor on every rank: norms."""
+    """The same tensor on every rank: norms, the router."""
 
     def split(self, tensors: Sequence[Tensor], rank: int, num_ranks: int, sizes: Sizes) -> Tensor:
         return tensors[0]
@@ -84,7 +137,7 @@ class Vocabulary(Mapping):
         return F.pad(whole, (0, 0, 0, padding)).chunk(num_ranks)[rank]
 
     def join(self, shards: Sequence[Tensor], sizes: Sizes) -> tuple[Tensor, ...]:
-        return (torch.cat(tuple(shards))[: sizes.vocab_size],)
+        return (torch.cat(tuple(shards))[: sizes.vocab],)
 
 
 @dataclass(frozen=True)
@@ -121,3 +174,16 @@ class QKV(Mapping):
         return tuple(
             part.reshape(-1, *whole.shape[1:]) for part in groups.split((queries, 1, 1), dim=1)
         )
+
+    def runs(self, sizes: Sizes) -> list[Run]:
+        widths = (sizes.queries // sizes.num_kv_heads, sizes.head_dim, sizes.head_dim)
+        return [
+            Run(source, group * width, (group + 1) * width)
+            for group in range(sizes.num_kv_heads)
+            for source, width in enumerate(widths)
+        ]
+
+
+def tops(runs: Sequence[Run]) -> list[int]:
+    """Where each run begins among the Megatron parameter's rows."""
+    return list(accumulate((run.stop - run.start for run in runs[:-1]), initial=0))

@@ -1,10 +1,11 @@
-"""The command line: `megatron-nft demo|train|report`."""
+"""The command line: `megatron-nft demo|train|convert|report`."""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
+from checkpoints_conversion import commands as conversion
 from megatron_nft import __version__
 
 DESCRIPTION = """\
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
     train.set_defaults(run=_train)
+
+    conversion.add_parser(commands)
 
     report = commands.add_parser(
         "report",

@@ -6,6 +6,7 @@ relative to the working directory.
 """
 
 from dataclasses import dataclass, field
+from math import lcm
 
 OBJECTIVE_NAMES = ("nft", "rft", "grpo", "dr_grpo", "dapo", "sft")
 
@@ -23,9 +24,15 @@ class ParallelConfig:
     pipeline: int = 1
     virtual_pipeline: int = 1  # model chunks a pipeline rank (interleaved schedule)
     context: int = 1
+    expert: int = 1  # ranks that share the experts out, of those with one pipeline rank
     sequence: bool = False  # Megatron's sequence parallelism, over the tensor ranks
     distributed_optimizer: bool = True
     num_processes: int = 0  # on this machine; 0: one a GPU, or the least the layout needs
+
+    @property
+    def least_processes(self) -> int:
+        """The number of processes is a multiple of it; experts' ranks may be any others' too."""
+        return self.pipeline * lcm(self.tensor * self.context, self.expert)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """What can be known to be wrong before anything expensive starts."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -36,12 +38,14 @@ def check(config: Config, num_processes: int) -> None:
     check_run_directory(config)
     check_transformer_engine(config)
     path = Path(config.model.path)
-    hf_config = read_hf_config(path)
+    with naming("model.path"):
+        hf_config = read_hf_config(path)
     check_layout(hf_config, config.parallel, num_processes)
     check_fp8(hf_config, config)
     check_engine_layout(config, hf_config, num_processes)
     check_lengths(config, hf_config)
-    check_weights(path, hf_config)
+    with naming("model.path"):
+        check_weights(path, hf_config)
     tokenizer = load_tokenizer(path)
     if len(tokenizer) > hf_config.vocab_size:
         raise ValueError(
@@ -57,6 +61,15 @@ def check(config: Config, num_processes: int) -> None:
         check_source(source, config, tokenizer)
     for source in config.evaluate.sets:
         load_problems(source, config.data, tokenizer)
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Say of which key a value is wrong."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def check_run_directory(config: Config) -> None:

@@ -27,8 +27,8 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     if 0 < num_gpus() < num_processes:
         raise ValueError(
             f"the recipe's layout needs {num_processes} processes, but this host has "
-            f"{num_gpus()} GPUs; lower parallel.tensor, parallel.pipeline, parallel.context or "
-            "parallel.num_processes"
+            f"{num_gpus()} GPUs; lower parallel.tensor, parallel.pipeline, parallel.context, "
+            "parallel.expert or parallel.num_processes"
         )
     check(config, num_processes)
     logs = Path(config.run_dir) / "logs"
@@ -48,7 +48,7 @@ def run(path: Path, overrides: Sequence[str]) -> int:
 def num_processes_of(config: Config) -> int:
     """As many processes as the recipe says; else one a GPU, or the least that the layout needs."""
     parallel = config.parallel
-    least = parallel.tensor * parallel.pipeline * parallel.context
+    least = parallel.least_processes
     return parallel.num_processes or max(least, num_gpus() // least * least)
 
 

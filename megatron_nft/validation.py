@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.config import OBJECTIVE_NAMES, Config
+from megatron_nft.config import OBJECTIVE_NAMES, Config, ParallelConfig
 from megatron_nft.problems import TEMPLATES
 
 
@@ -63,6 +63,7 @@ RANGES: dict[str, Range] = {
     "parallel.pipeline": AT_LEAST_ONE,
     "parallel.virtual_pipeline": AT_LEAST_ONE,
     "parallel.context": AT_LEAST_ONE,
+    "parallel.expert": AT_LEAST_ONE,
     "parallel.num_processes": NOT_NEGATIVE,
     "fp8.margin": NOT_NEGATIVE,
     "fp8.amax_history_len": AT_LEAST_ONE,
@@ -167,9 +168,8 @@ def _rules_between_keys(config: Config) -> Iterator[str]:
 
 def _parallel_rules(config: Config) -> Iterator[str]:
     parallel = config.parallel
-    num_ranks = parallel.tensor * parallel.pipeline * parallel.context
-    if parallel.num_processes % num_ranks:
-        may_be = f"0 or a multiple of tensor·pipeline·context = {num_ranks}"
+    if parallel.num_processes % parallel.least_processes:
+        may_be = f"0 or a multiple of {parallel.least_processes}: {_least_processes(parallel)}"
         yield _was("parallel.num_processes", parallel.num_processes, may_be)
     if parallel.sequence and parallel.tensor == 1:
         yield _was("parallel.sequence", True, "true only where parallel.tensor is above 1")
@@ -178,6 +178,12 @@ def _parallel_rules(config: Config) -> Iterator[str]:
         yield _was("parallel.virtual_pipeline", parallel.virtual_pipeline, may_be)
     if config.memory.recompute == "selective" and not config.memory.recompute_modules:
         yield _was("memory.recompute_modules", [], "not empty where memory.recompute is selective")
+
+
+def _least_processes(parallel: ParallelConfig) -> str:
+    if parallel.expert == 1:
+        return "tensor·pipeline·context"
+    return "pipeline times what tensor·context and expert both divide"
 
 
 def _precision_rules(config: Config) -> Iterator[str]:

@@ -2,12 +2,14 @@
 
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from toys import random_sequences
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_nft.config import ObjectiveConfig
 from megatron_nft.policy.packing import Sequence
@@ -34,7 +36,7 @@ def reference(path: Path, objective: ObjectiveConfig, num_sequences: int = 13) -
         "constant": lambda: torch.cat(losses).sum() / objective.constant,
     }[objective.denominator]()
     loss.backward()
-    gradient = {n: p.grad.numpy().copy() for n, p in model.named_parameters()}
+    gradient = _as_in_files(model, {n: p.grad for n, p in model.named_parameters()})
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
     optimizer.step()
     return {
@@ -42,8 +44,15 @@ def reference(path: Path, objective: ObjectiveConfig, num_sequences: int = 13) -
         "loss": float(loss.detach()),
         "gradient": gradient,
         "grad_norm": float(grad_norm),
-        "weights": {n: p.detach().numpy() for n, p in model.named_parameters()},
+        "weights": _as_in_files(model, dict(model.named_parameters())),
     }
+
+
+def _as_in_files(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> Tensors:
+    """Values of all parameters: transformers has a layer's experts in one, files hold each."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict={n: v.detach() for n, v in values.items()})
+        return {n: v.numpy() for n, v in load_file(Path(folder) / "model.safetensors").items()}
 
 
 def _logp(model: torch.nn.Module, s: Sequence) -> torch.Tensor:

@@ -7,22 +7,38 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Qwen2Config
+from toys import LLAMA3_ROPE
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from checkpoints_conversion.live import _whole_name
 from megatron_nft.config import Config, Fp8Config, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_nft.policy import fp8
-from megatron_nft.policy.architecture import transformer_config
-from megatron_nft.policy.layout import check_fp8
+from megatron_nft.policy.architecture import rope_frequencies, transformer_config
+from megatron_nft.policy.layout import check_fp8, check_layout
 from megatron_nft.policy.step import row_layout
 from megatron_nft.preflight import check_fp8_hardware
 
 HF_CONFIG = Qwen2Config(
+    architectures=["Qwen2ForCausalLM"],
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=4,
     num_attention_heads=4,
     num_key_value_heads=2,
+)
+MOE_CONFIG = Qwen3MoeConfig(
+    architectures=["Qwen3MoeForCausalLM"],
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=24,
+    head_dim=16,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_experts=6,
+    num_experts_per_tok=2,
+    norm_topk_prob=False,
 )
 FP8 = Fp8Config(
     "hybrid", "tensorwise", margin=2, wgrad=False, first_last_layers_bf16=True,
@@ -30,8 +46,8 @@ FP8 = Fp8Config(
 )  # fmt: skip
 
 
-def _told(config: Config, *keys: str) -> list[Any]:
-    found = transformer_config(HF_CONFIG, config)
+def _told(config: Config, *keys: str, hf_config: PretrainedConfig = HF_CONFIG) -> list[Any]:
+    found = transformer_config(hf_config, config)
     return [getattr(found, key) for key in keys]
 
 
@@ -129,6 +145,71 @@ def test_recomputation_arrives() -> None:
     ]
 
 
+def test_mlps_with_experts_are_recomputed_under_their_own_name() -> None:
+    """Megatron would silently keep them under the name of a dense MLP."""
+    some = Config(memory=MemoryConfig("selective", ["mlp", "core_attn"]))
+    assert _told(some, "recompute_modules", hf_config=MOE_CONFIG) == [["moe", "core_attn"]]
+
+
+def test_a_familys_options_arrive() -> None:
+    assert _told(Config(), "add_qkv_bias", "qk_layernorm", "num_moe_experts") == [True, False, None]
+    keys = ("add_qkv_bias", "qk_layernorm", "num_moe_experts", "moe_router_topk")
+    assert _told(Config(), *keys, hf_config=MOE_CONFIG) == [False, True, 6, 2]
+    keys = ("moe_ffn_hidden_size", "kv_channels", "moe_aux_loss_coeff", "moe_router_pre_softmax")
+    assert _told(Config(), *keys, hf_config=MOE_CONFIG) == [24, 16, 0.0, True]
+    parallel = ParallelConfig(tensor=2, sequence=True, expert=3)
+    keys = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+    assert _told(Config(parallel=parallel), *keys, hf_config=MOE_CONFIG) == [3, 1]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        LLAMA3_ROPE,
+    ],
+)
+def test_rotary_frequencies_are_those_of_transformers(rope: dict[str, Any]) -> None:
+    hf_config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=64,
+        num_attention_heads=4,
+        head_dim=32,
+        rope_parameters=rope,
+    )
+    expected = LlamaRotaryEmbedding(hf_config).inv_freq
+    assert torch.equal(rope_frequencies(hf_config), expected)
+
+
+@pytest.mark.parametrize(
+    ("hf_config", "parallel", "num_ranks", "words"),
+    [
+        (HF_CONFIG, {"tensor": 4}, 4, "tensor=4 does not divide the model's 2 key-value heads"),
+        (HF_CONFIG, {"pipeline": 3}, 3, "pipeline=3 · .* does not divide the model's 4 layers"),
+        (HF_CONFIG, {"tensor": 2, "context": 2}, 6, "= 4 does not divide the 6 processes"),
+        (HF_CONFIG, {"expert": 2}, 2, "expert=2, but the model has no experts"),
+        (MOE_CONFIG, {"expert": 4}, 4, "expert=4 does not divide the model's 6 experts"),
+        (MOE_CONFIG, {"expert": 3}, 4, "expert=3 does not divide the 4 processes of each"),
+        (MOE_CONFIG, {"expert": 2, "pipeline": 2}, 2, "expert=2 does not divide the 1 processes"),
+        (MOE_CONFIG, {"tensor": 2}, 2, "set parallel.sequence=true"),
+    ],
+)
+def test_a_layout_that_a_model_cannot_have_is_refused(
+    hf_config: PretrainedConfig, parallel: dict[str, int], num_ranks: int, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        check_layout(hf_config, ParallelConfig(**parallel), num_ranks)
+
+
+def test_experts_may_be_spread_over_the_tensor_and_the_context_ranks() -> None:
+    parallel = ParallelConfig(tensor=2, sequence=True, context=2, pipeline=2, expert=6)
+    check_layout(MOE_CONFIG, parallel, 24)
+    assert parallel.least_processes == 24
+    assert replace(parallel, expert=2).least_processes == 8
+    assert replace(parallel, expert=1).least_processes == 8
+
+
 def test_pipelines_take_rows_of_any_length() -> None:
     parallel = ParallelConfig(pipeline=2, virtual_pipeline=2)
     keys = ("variable_seq_lengths", "batch_p2p_comm", "pipeline_dtype")
@@ -150,8 +231,23 @@ def test_pipelines_take_rows_of_any_length() -> None:
             "decoder.layers.6.pre_mlp_layernorm.weight",
         ),
         ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+        (
+            "decoder.layers.0.self_attention.q_layernorm.weight",
+            "decoder.layers.5.self_attention.q_layernorm.weight",
+        ),
+        ("decoder.layers.1.pre_mlp_layernorm.weight", "decoder.layers.6.pre_mlp_layernorm.weight"),
+        ("decoder.layers.1.mlp.router.weight", "decoder.layers.6.mlp.router.weight"),
+        (
+            "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2.weight",
+            "decoder.layers.5.mlp.experts.13.linear_fc2.weight",
+        ),
+        (
+            "decoder.layers.1.mlp.experts.linear_fc1.weight0",
+            "decoder.layers.6.mlp.experts.12.linear_fc1.weight",
+        ),
     ],
 )
-def test_names_of_a_later_stage_and_of_transformer_engines_layers(name: str, expected: str) -> None:
-    layers = [SimpleNamespace(layer_number=number) for number in (6, 7)]
+def test_names_of_later_ranks_and_of_transformer_engines_layers(name: str, expected: str) -> None:
+    mlp = SimpleNamespace(local_expert_indices=[12, 13])
+    layers = [SimpleNamespace(layer_number=number, mlp=mlp) for number in (6, 7)]
     assert _whole_name(name, SimpleNamespace(decoder=SimpleNamespace(layers=layers))) == expected

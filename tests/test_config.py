@@ -254,6 +254,7 @@ def test_every_number_and_every_name_has_a_rule() -> None:
         (changed("rollout", RolloutConfig(max_response_tokens=20000)), "tokens_per_microbatch was"),
         (changed("optimizer", OptimizerConfig(betas=(0.9, 1.0))), "optimizer.betas[1] was 1.0"),
         (changed("parallel", ParallelConfig(tensor=2, num_processes=3)), "a multiple of"),
+        (changed("parallel", ParallelConfig(expert=2, num_processes=3)), "a multiple of 2: pipe"),
         (changed("parallel", ParallelConfig(sequence=True)), "parallel.sequence was True"),
         (changed("parallel.virtual_pipeline", 2), "parallel.virtual_pipeline was 2; it may be 1"),
         (changed("memory.recompute_modules", ["mpl"]), "it may be core_attn, mlp"),

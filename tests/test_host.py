@@ -50,7 +50,20 @@ def _look_at_a_cpu_host() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
         torch.cuda.Event().record()
+        torch.cuda.Stream().record_event().synchronize()
         torch.cuda.synchronize()
+    _check_counts_of_tokens()
+
+
+def _check_counts_of_tokens() -> None:
+    """Of Megatron's expert dispatch: torch's all-to-all wants a list's like, no tensor."""
+    from megatron.core.transformer.moe.token_dispatcher import maybe_move_tensor_to_cpu
+
+    counts = torch.tensor([3, 0, 5])
+    assert maybe_move_tensor_to_cpu(counts) is counts
+    assert maybe_move_tensor_to_cpu(None, as_numpy=True) is None
+    assert maybe_move_tensor_to_cpu(counts, as_numpy=True, record_stream=True).tolist() == [3, 0, 5]
+    assert not torch.is_tensor(maybe_move_tensor_to_cpu(counts, as_numpy=True))
 
 
 def _check_accommodations() -> None:

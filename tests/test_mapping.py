@@ -1,31 +1,44 @@
 """Hugging Face tensors and Megatron shards: every mapping is undone by its inverse."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from toys import save_model
+from transformers import Qwen2Config
 
-from checkpoints_conversion.families import mappings_for, sizes_of
-from checkpoints_conversion.hf_files import expected_names, expected_shapes
-from checkpoints_conversion.mapping import QKV, GateUp, Mapping, Replicated, Row, Sizes, Vocabulary
+from checkpoints_conversion.families import FAMILIES, mappings_for, sizes_of
+from checkpoints_conversion.hf_files import expected_shapes, read_hf_config
+from checkpoints_conversion.mapping import (
+    QKV,
+    GateUp,
+    Mapping,
+    Replicated,
+    Row,
+    Sizes,
+    Vocabulary,
+    tops,
+)
 
-SIZES = Sizes(num_layers=2, num_heads=8, num_kv_heads=4, head_dim=6, vocab_size=67)
-HIDDEN = 20
+SIZES = Sizes(num_layers=2, num_heads=8, num_kv_heads=4, head_dim=6, vocab=67, hidden=20, ffn=48)
 NUM_RANKS = [1, 2, 4]
-
-MAPPINGS: dict[str, tuple[Mapping, list[tuple[int, ...]]]] = {
-    "norm": (Replicated("m", ("a",)), [(HIDDEN,)]),
-    "row": (Row("m", ("a",)), [(HIDDEN, 48)]),
-    "vocabulary": (Vocabulary("m", ("a",)), [(67, HIDDEN)]),
-    "gate and up": (GateUp("m", ("a", "b")), [(48, HIDDEN), (48, HIDDEN)]),
-    "qkv weights": (QKV("m", ("q", "k", "v")), [(48, HIDDEN), (24, HIDDEN), (24, HIDDEN)]),
-    "qkv biases": (QKV("m", ("q", "k", "v")), [(48,), (24,), (24,)]),
+QUERY_KEY_VALUE = ("queries", "keys", "keys")
+MAPPINGS: dict[str, Mapping] = {
+    "norm": Replicated("m", ("a",), (("hidden",),)),
+    "row": Row("m", ("a",), (("hidden", "ffn"),)),
+    "vocabulary": Vocabulary("m", ("a",), (("vocab", "hidden"),)),
+    "gate and up": GateUp("m", ("a", "b"), (("ffn", "hidden"),) * 2),
+    "qkv weights": QKV("m", ("q", "k", "v"), tuple((w, "hidden") for w in QUERY_KEY_VALUE)),
+    "qkv biases": QKV("m", ("q", "k", "v"), tuple((w,) for w in QUERY_KEY_VALUE)),
 }
+MODEL_TYPES = ["qwen2", "qwen3", "llama", "mistral", "qwen3_moe", "mixtral"]
 
 
-def random(shapes: list[tuple[int, ...]]) -> list[Tensor]:
+def random(mapping: Mapping, sizes: Sizes = SIZES) -> list[Tensor]:
     torch.manual_seed(0)
-    return [torch.randn(shape) for shape in shapes]
+    return [torch.randn(shape) for shape in mapping.hf_shapes(sizes)]
 
 
 def split(mapping: Mapping, tensors: list[Tensor], num_ranks: int, sizes: Sizes) -> list[Tensor]:
@@ -35,8 +48,8 @@ def split(mapping: Mapping, tensors: list[Tensor], num_ranks: int, sizes: Sizes)
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("kind", MAPPINGS)
 def test_join_undoes_split(kind: str, num_ranks: int) -> None:
-    mapping, shapes = MAPPINGS[kind]
-    tensors = random(shapes)
+    mapping = MAPPINGS[kind]
+    tensors = random(mapping)
     shards = split(mapping, tensors, num_ranks, SIZES)
     assert len({shard.shape for shard in shards}) == 1
     joined = mapping.join(shards, SIZES)
@@ -48,11 +61,11 @@ def test_join_undoes_split(kind: str, num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", NUM_RANKS)
 @pytest.mark.parametrize("kind", sorted(set(MAPPINGS) - {"norm"}))
 def test_every_number_is_on_one_rank(kind: str, num_ranks: int) -> None:
-    mapping, shapes = MAPPINGS[kind]
+    mapping = MAPPINGS[kind]
     numbers = iter(range(1, 100_000))
     tensors = [
         torch.tensor([next(numbers) for _ in range(torch.Size(shape).numel())]).view(shape)
-        for shape in shapes
+        for shape in mapping.hf_shapes(SIZES)
     ]
     shards = torch.cat([shard.flatten() for shard in split(mapping, tensors, num_ranks, SIZES)])
     everything = torch.cat([tensor.flatten() for tensor in tensors])
@@ -61,8 +74,8 @@ def test_every_number_is_on_one_rank(kind: str, num_ranks: int) -> None:
 
 @pytest.mark.parametrize(("num_ranks", "rows"), [(1, 67), (2, 34), (4, 17)])
 def test_padding_of_the_vocabulary_never_leaves(num_ranks: int, rows: int) -> None:
-    mapping, shapes = MAPPINGS["vocabulary"]
-    [embedding] = random(shapes)
+    mapping = MAPPINGS["vocabulary"]
+    [embedding] = random(mapping)
     shards = split(mapping, [embedding], num_ranks, SIZES)
     assert [len(shard) for shard in shards] == [rows] * num_ranks
     assert not torch.cat(shards)[67:].any()
@@ -71,10 +84,21 @@ def test_padding_of_the_vocabulary_never_leaves(num_ranks: int, rows: int) -> No
     assert torch.equal(joined, embedding + 1)
 
 
+def sizes_of_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> Sizes:
+    return Sizes(
+        num_layers=1,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab=1,
+        hidden=1,
+        ffn=1,
+    )
+
+
 def test_qkv_lies_head_by_head() -> None:
     """Four heads of one number, two key-value heads, written out by hand."""
-    sizes = Sizes(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=1, vocab_size=1)
-    qkv = QKV("m", ("q", "k", "v"))
+    sizes, qkv = sizes_of_heads(4, 2, 1), MAPPINGS["qkv biases"]
     tensors = [torch.tensor(x) for x in ([1.0, 2.0, 3.0, 4.0], [10.0, 20.0], [100.0, 200.0])]
     whole = qkv.split(tensors, 0, 1, sizes)
     assert whole.tolist() == [1, 2, 10, 100, 3, 4, 20, 200]
@@ -84,47 +108,84 @@ def test_qkv_lies_head_by_head() -> None:
 
 def test_qkv_keeps_a_heads_rows_together() -> None:
     """Two heads of two rows, one key-value head each."""
-    sizes = Sizes(num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2, vocab_size=1)
+    sizes = sizes_of_heads(2, 2, 2)
     query = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
-    shard = QKV("m", ("q", "k", "v")).split([query, 10 * query, 100 * query], 1, 2, sizes)
+    shard = MAPPINGS["qkv weights"].split([query, 10 * query, 100 * query], 1, 2, sizes)
     assert shard.flatten().tolist() == [3, 4, 30, 40, 300, 400]
 
 
 def test_gate_rows_are_above_up_rows_on_every_rank() -> None:
     gate, up = torch.tensor([[1.0], [2.0]]), torch.tensor([[10.0], [20.0]])
-    mapping = GateUp("m", ("gate", "up"))
-    assert mapping.split([gate, up], 1, 2, SIZES).flatten().tolist() == [2, 20]
+    assert MAPPINGS["gate and up"].split([gate, up], 1, 2, SIZES).flatten().tolist() == [2, 20]
 
 
 def test_rows_are_split_by_their_inputs() -> None:
-    shard = Row("m", ("a",)).split([torch.tensor([[1.0, 2.0], [3.0, 4.0]])], 1, 2, SIZES)
+    shard = MAPPINGS["row"].split([torch.tensor([[1.0, 2.0], [3.0, 4.0]])], 1, 2, SIZES)
     assert shard.tolist() == [[2], [4]]
 
 
+# the families' tables
+
+
+def table(model_type: str, tmp_path: Path, tied: bool = False) -> tuple[tuple[Mapping, ...], Sizes]:
+    hf_config = read_hf_config(save_model(tmp_path, model_type, tied=tied))
+    return mappings_for(hf_config), sizes_of(hf_config)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_files_and_live_models_agree_on_the_order_of_rows(model_type: str, tmp_path: Path) -> None:
+    mappings, sizes = table(model_type, tmp_path)
+    for mapping in mappings:
+        tensors, runs = random(mapping, sizes), mapping.runs(sizes)
+        rows = [tensors[run.source][run.start : run.stop] for run in runs]
+        live = mapping.split(tensors, 0, 1, sizes)
+        assert torch.equal(torch.cat(rows), live), mapping.megatron
+        assert tuple(live.shape) == mapping.megatron_shape(sizes)
+        for top, part in zip(tops(runs), rows, strict=True):
+            assert torch.equal(live[top : top + len(part)], part), mapping.megatron
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_name_table_is_transformers_own_model(tied: bool) -> None:
-    """No tensor of the model is left out, none is there twice, and the sizes are its own."""
-    config = Qwen2Config(
-        vocab_size=67,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=tied,
-        architectures=["Qwen2ForCausalLM"],
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_table_names_what_transformers_saves(model_type: str, tied: bool, tmp_path: Path) -> None:
+    """No tensor of the model is left out, none is there twice, and the shapes are its own."""
+    path = save_model(tmp_path, model_type, tied=tied)
+    with safe_open(path / "model.safetensors", "pt") as file:
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    hf_config = read_hf_config(path)
+    assert expected_shapes(hf_config) == saved
+    assert ("lm_head.weight" in saved) != tied
+    sizes = sizes_of(hf_config)
+    pairs = [pair for mapping in mappings_for(hf_config) for pair in mapping.names(sizes)]
+    hf_names = [name for _, names in pairs for name in names]
+    assert len(hf_names) == len(set(hf_names)) == len(saved)
+    assert len(pairs) == len({megatron for megatron, _ in pairs})
+
+
+def test_every_layer_and_every_expert_has_names_of_its_own(tmp_path: Path) -> None:
+    mappings, sizes = table("mixtral", tmp_path)
+    [fc1] = [m for m in mappings if m.megatron.endswith("{expert}.linear_fc1.weight")]
+    names = list(fc1.names(sizes))
+    assert len(names) == sizes.num_layers * sizes.num_experts == 8
+    assert names[5] == (
+        "decoder.layers.1.mlp.experts.1.linear_fc1.weight",
+        (
+            "model.layers.1.block_sparse_moe.experts.1.w1.weight",
+            "model.layers.1.block_sparse_moe.experts.1.w3.weight",
+        ),
     )
-    parameters = dict(Qwen2ForCausalLM(config).named_parameters())  # tied ones once
-    names = expected_names(config)
-    assert len(names) == len(set(names))
-    assert set(names) == set(parameters)
-    shapes = expected_shapes(config)
-    assert shapes == {name: tuple(parameters[name].shape) for name in names}
-    sizes = sizes_of(config)
-    assert (sizes.num_layers, sizes.head_dim, sizes.vocab_size) == (3, 8, 67)
-    assert len(mappings_for(config)) == (9 if tied else 10)
+
+
+def test_sizes_are_the_configurations(tmp_path: Path) -> None:
+    _, sizes = table("qwen3_moe", tmp_path)
+    assert (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim) == (4, 2, 16)  # not 32 / 4
+    assert (sizes.num_experts, sizes.ffn, sizes.vocab, sizes.hidden) == (4, 24, 67, 32)
+    _, sizes = table("llama", tmp_path)
+    assert (sizes.head_dim, sizes.ffn, sizes.num_experts) == (8, 48, 0)
 
 
 def test_an_architecture_without_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="LlamaForCausalLM; supported architectures: Qwen2"):
-        mappings_for(Qwen2Config(architectures=["LlamaForCausalLM"]))
+    supported = ", ".join(FAMILIES)
+    assert supported.startswith("Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM, Mistral")
+    with pytest.raises(ValueError, match=f"PhiForCausalLM; supported architectures: {supported}"):
+        mappings_for(Qwen2Config(architectures=["PhiForCausalLM"]))

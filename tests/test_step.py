@@ -1,32 +1,32 @@
 """Whole optimizer steps, through Megatron's schedule, in every layout against plain PyTorch.
 
 Processes cost far more than steps: three launches, of one, two and four processes, take all the
-steps of this file, and the tests compare what came back. Gradients are read off the weights: with
-an ε far above every gradient, Adam's step is −lr/ε times the gradient.
+steps of this file, and the tests compare what came back.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import astuple, dataclass, field, replace
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from policies import (
+    Variant,
+    configured,
+    gradient,
+    logp_on_lent_memory,
+    policy_of,
+    step,
+    through_and_resumed,
+    weights_of,
+)
 from processes import run
-from reference import CLIP_NORM, EPS, LR, Tensors, distance, reference, worst
+from reference import LR, Tensors, distance, reference, worst
 from toys import random_sequences, save_qwen2
 
-from megatron_nft.config import (
-    Config,
-    MemoryConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
+from megatron_nft.config import MemoryConfig, ObjectiveConfig, ParallelConfig
 from megatron_nft.policy.balance import deal
 from megatron_nft.policy.packing import Sequence
 
@@ -96,15 +96,6 @@ def _budget(num_micro_batches: int) -> int:
     return next(b for b in budgets if len(deal(LENGTHS, 1, b)[0]) <= num_micro_batches)
 
 
-@dataclass(frozen=True)
-class Variant:
-    """Another way to the same gradient."""
-
-    budget: int = 64
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-    row_multiple: int = 1
-
-
 VARIANTS = {
     **{f"{n} micro-batches": Variant(_budget(n)) for n in MICRO_BATCHES},
     "each sequence alone": Variant(1),
@@ -130,110 +121,9 @@ IN_EVERY_LAYOUT = (  # the others in those of one and two processes alone, to sa
 # what the processes do
 
 
-def _config(
-    path: Path,
-    objective: ObjectiveConfig,
-    layout: ParallelConfig,
-    memory: MemoryConfig | None = None,
-    dtype: str = "float32",
-    **optimizer: Any,
-) -> Config:
-    options = {"lr": LR, "tokens_per_microbatch": 64, "clip_norm": CLIP_NORM, "eps": EPS}
-    return Config(
-        model=ModelConfig(path=str(path), dtype=dtype),
-        parallel=layout,
-        memory=memory or MemoryConfig(),
-        objective=objective,
-        optimizer=OptimizerConfig(**options | optimizer),
-    )
-
-
-def _policy(config: Config) -> Any:
-    from checkpoints_conversion import hf_to_megatron
-    from checkpoints_conversion.hf_files import read_hf_config
-    from megatron_nft.policy.step import Policy
-
-    path = Path(config.model.path)
-    hf_config = read_hf_config(path)
-    return Policy(config, hf_config, partial(hf_to_megatron.load, path=path, hf_config=hf_config))
-
-
-def _weights(policy: Any) -> Tensors:
-    from checkpoints_conversion.stream import stream
-
-    streamed = stream(policy.chunks, policy.hf_config)
-    return {n: t.float().numpy().copy() for n, t in streamed}
-
-
-def _step(path: Path, objective: ObjectiveConfig, layout: ParallelConfig) -> dict[str, Any]:
-    """Log-probabilities, then loss, gradient norm and weights after one step of AdamW."""
-    policy = _policy(_config(path, objective, layout))
-    logp = policy.logp(SEQUENCES)
-    metrics = policy.update(SEQUENCES, LR)
-    return {"logp": logp, "weights": _weights(policy), **metrics}
-
-
-def _gradient(
-    path: Path,
-    objective: ObjectiveConfig,
-    layout: ParallelConfig,
-    sequences: list[Sequence],
-    variant: Variant = VARIANTS["2 micro-batches"],
-    on_policy: bool = False,
-) -> Tensors:
-    """The gradient that the whole step follows, read off the weights.
-
-    lr/ε is so large that the step does not drown in the rounding of the weight.
-    """
-    eps, scale = 1e8, 1e4
-    options = {"eps": eps, "weight_decay": 0.0, "clip_norm": 1e9}
-    policy = _policy(
-        _config(
-            path,
-            objective,
-            layout,
-            variant.memory,
-            tokens_per_microbatch=variant.budget,
-            **options,
-        )
-    )
-    if on_policy:
-        logp = policy.logp(sequences)
-        sequences = [replace(s, old_logp=p) for s, p in zip(sequences, logp, strict=True)]
-    before = _weights(policy)
-    with _rows_of(variant.row_multiple):
-        metrics = policy.update(sequences, lr=eps * scale)
-    if on_policy:
-        assert abs(metrics["ratio"] - 1).max() < 1e-5
-    return {n: (before[n] - w) / scale for n, w in _weights(policy).items()}
-
-
-@contextmanager
-def _rows_of(multiple: int) -> Iterator[None]:
-    """Pad every row to a multiple of so many tokens a rank, as FP8 wants it."""
-    from megatron_nft.policy import fp8
-
-    with pytest.MonkeyPatch.context() as patch:
-        if multiple > 1:
-            patch.setattr(fp8, "token_multiple", lambda _: multiple)
-        yield
-
-
-def _look_at_lent_memory(policy: Any) -> list[np.ndarray]:
-    """Log-probabilities, which need neither gradients nor optimizer."""
-    buffers = [b for chunk in policy.ddp_chunks for b in chunk.buffers]
-    sizes = [b.grad_data.untyped_storage().nbytes() for b in buffers]
-    with policy.memory_lent():
-        assert not any(b.grad_data.untyped_storage().nbytes() for b in buffers)
-        logp = policy.logp(SEQUENCES)
-    assert [b.grad_data.untyped_storage().nbytes() for b in buffers] == sizes
-    assert all(sizes)
-    return logp
-
-
 def _on_policy_gradients(path: Path, layout: ParallelConfig) -> dict[str, Tensors]:
     return {
-        name: _gradient(path, objective, layout, _groups(), on_policy=True)
+        name: gradient(path, objective, layout, _groups(), on_policy=True)
         for name, objective in ON_POLICY.items()
     }
 
@@ -255,18 +145,18 @@ def _groups() -> list[Sequence]:
 
 def _step_that_is_not_finite(path: Path, layout: ParallelConfig, field: str) -> dict[str, Any]:
     """What a NaN in a sequence's `field` raises and leaves behind, and the step after."""
-    policy = _policy(_config(path, NFT, layout))
+    policy = policy_of(configured(path, NFT, layout))
     *good, last = SEQUENCES
     bad = [*good, replace(last, **{field: getattr(last, field) * np.nan})]
-    before = _weights(policy)
+    before = weights_of(policy)
     error = ""
     try:
         policy.update(bad, LR)
     except FloatingPointError as raised:
         error = str(raised)
-    untouched = all(np.array_equal(w, before[n]) for n, w in _weights(policy).items())
+    untouched = all(np.array_equal(w, before[n]) for n, w in weights_of(policy).items())
     metrics = policy.update(SEQUENCES, LR)
-    return {"error": error, "untouched": untouched, "weights": _weights(policy), **metrics}
+    return {"error": error, "untouched": untouched, "weights": weights_of(policy), **metrics}
 
 
 def _in_bfloat16(path: Path, layout: ParallelConfig) -> dict[str, Any]:
@@ -274,40 +164,25 @@ def _in_bfloat16(path: Path, layout: ParallelConfig) -> dict[str, Any]:
 
     Gradients and optimizer are away while the log-probabilities are computed.
     """
-    policy = _policy(_config(path, NFT, layout, MemoryConfig(offload=True), dtype="bfloat16"))
-    before, logp = _weights(policy), _look_at_lent_memory(policy)
+    policy = policy_of(configured(path, NFT, layout, MemoryConfig(offload=True), dtype="bfloat16"))
+    before, logp = weights_of(policy), logp_on_lent_memory(policy, SEQUENCES)
     metrics = policy.update(SEQUENCES, LR)
     parameters = [p for chunk in policy.chunks for p in chunk.parameters()]
     return {
         "logp": logp,
         "before": before,
-        "weights": _weights(policy),
+        "weights": weights_of(policy),
         "parameters": {str(p.dtype) for p in parameters},
         "gradients": {str(p.main_grad.dtype) for p in parameters},
         **metrics,
     }
 
 
-def _resumed(path: Path, layout: ParallelConfig) -> list[Tensors]:
-    """Weights after two steps, and after a step that was saved, loaded elsewhere and gone on."""
-    from megatron_nft.policy import checkpoint
-
-    config = _config(path, NFT, layout)
-    first, second = _policy(config), _policy(config)
-    folder = path.parent / "-".join(map(str, astuple(layout)))
-    first.update(SEQUENCES, LR)
-    checkpoint.save(folder, first, checkpoint.RunState(rollout=1), keep=1)
-    checkpoint.load(checkpoint.latest(folder)[0], second)
-    for policy in (first, second):
-        policy.update(SEQUENCES, LR)
-    return [_weights(first), _weights(second)]
-
-
 def _refusal_to_save(path: Path, layout: ParallelConfig) -> str:
     from megatron_nft.policy import checkpoint
 
     try:
-        checkpoint.check(_policy(_config(path, NFT, layout)))
+        checkpoint.check(policy_of(configured(path, NFT, layout)))
     except ValueError as error:
         return str(error)
     return ""
@@ -316,9 +191,9 @@ def _refusal_to_save(path: Path, layout: ParallelConfig) -> str:
 def _everywhere(path: Path, layout: ParallelConfig, variants: Iterable[str]) -> dict[str, Any]:
     return {
         "variants": {
-            name: _gradient(path, NFT, layout, SEQUENCES, VARIANTS[name]) for name in variants
+            name: gradient(path, NFT, layout, SEQUENCES, VARIANTS[name]) for name in variants
         },
-        "one sequence": _gradient(path, NFT, layout, random_sequences(1)),
+        "one sequence": gradient(path, NFT, layout, random_sequences(1)),
     }
 
 
@@ -347,11 +222,18 @@ def everything(
         paths = models[num_layers(layout)]
         found = _everywhere(paths[0], layout, VARIANTS if is_small else IN_EVERY_LAYOUT)
         found["steps"] = [
-            {name: _step(path, o, layout) for name, o in OBJECTIVES.items()} for path in paths
+            {
+                name: step(policy_of(configured(path, objective, layout)), SEQUENCES)
+                for name, objective in OBJECTIVES.items()
+            }
+            for path in paths
         ]
         if is_small and not only_steps:
             found |= _in_small_layouts(paths[0], layout)
-            found["resumed"] = [_resumed(path, layout) for path in (paths[0], models[WIDE][0])]
+            found["resumed"] = [
+                through_and_resumed(path, NFT, layout, SEQUENCES)
+                for path in (paths[0], models[WIDE][0])
+            ]
             found["not saved"] = _refusal_to_save(paths[1], layout)
         results.append(found)
     parallel.finalize()

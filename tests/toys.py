@@ -5,26 +5,51 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_nft.policy.packing import Sequence
 
 VOCAB_SIZE = 67
 
 
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+SIZES_OF = {  # by model type, where it has sizes of its own
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+LLAMA3_ROPE = {  # frequencies of all three kinds: kept, scaled and between the two
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def save_qwen2(path: Path, *, seed: int = 0, tied: bool = False, **changes: int) -> Path:
     """A random Qwen2 with biases and norms that are not their initial constants."""
+    return save_model(path, "qwen2", seed=seed, tied=tied, **changes)
+
+
+def save_model(
+    path: Path, model_type: str, *, seed: int = 0, tied: bool = False, **changes: Any
+) -> Path:
+    """A random model with biases and norms that are not their initial constants."""
     torch.manual_seed(seed)
-    sizes = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-    } | changes
-    model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=tied))
+    options = SIZES | SIZES_OF.get(model_type, {}) | changes
+    config = AutoConfig.for_model(model_type, **options, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

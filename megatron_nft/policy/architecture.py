@@ -20,11 +20,12 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from checkpoints_conversion.families import sizes_of
+from checkpoints_conversion.families import family_of, sizes_of
 from checkpoints_conversion.mapping import padded_vocab_size
 from megatron_nft.config import Config, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_nft.policy import fp8, host
 from megatron_nft.policy.attention import PackedAttention
+from megatron_nft.policy.parallel import EXPERT_TENSOR
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -45,6 +46,8 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
     """Megatron's configuration of the same network, in the recipe's layout and dtype."""
     dtype = DTYPES[config.model.dtype]
     has_te = uses_transformer_engine(config.model)
+    own_options = family_of(hf_config).options(hf_config)
+    has_experts = "num_moe_experts" in own_options
     return TransformerConfig(
         num_layers=hf_config.num_hidden_layers,
         hidden_size=hf_config.hidden_size,
@@ -57,7 +60,6 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
-        add_qkv_bias=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -75,8 +77,11 @@ def transformer_config(hf_config: PretrainedConfig, config: Config) -> Transform
         masked_softmax_fusion=False,
         apply_rope_fusion=has_te,
         persist_layer_norm=has_te,
+        moe_grouped_gemm=has_te and has_experts,
+        moe_router_dtype="fp32",
+        **own_options,
         **_layout_options(config.parallel, dtype),
-        **_recompute_options(config.memory),
+        **_recompute_options(config.memory, has_experts),
         **fp8.options(config.fp8),
     )
 
@@ -91,6 +96,8 @@ def _layout_options(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, A
         if is_interleaved
         else None,
         "context_parallel_size": parallel.context,
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": EXPERT_TENSOR,
         "sequence_parallel": parallel.sequence,
         "pipeline_dtype": dtype,
         "variable_seq_lengths": has_pipeline,  # no row is padded to the longest
@@ -101,7 +108,7 @@ def _layout_options(parallel: ParallelConfig, dtype: torch.dtype) -> dict[str, A
     }
 
 
-def _recompute_options(memory: MemoryConfig) -> dict[str, Any]:
+def _recompute_options(memory: MemoryConfig, has_experts: bool) -> dict[str, Any]:
     if memory.recompute == "none":
         return {}
     if memory.recompute == "full":
@@ -110,9 +117,11 @@ def _recompute_options(memory: MemoryConfig) -> dict[str, Any]:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    # a layer with experts would silently keep what "mlp" names
+    names = {"mlp": "moe"} if has_experts else {}
     return {
         "recompute_granularity": "selective",
-        "recompute_modules": list(memory.recompute_modules),
+        "recompute_modules": [names.get(module, module) for module in memory.recompute_modules],
     }
 
 
@@ -129,8 +138,7 @@ def _chunk(
     hf_config: PretrainedConfig, config: TransformerConfig, has_te: bool, stage: int | None
 ) -> GPTModel:
     where = {"ignore_virtual": False, "vp_stage": stage}
-    rope = {"position_embedding_type": "rope", "rotary_base": rope_theta(hf_config)}
-    return GPTModel(
+    chunk = GPTModel(
         config,
         block_spec(hf_config, config, has_te, stage),
         vocab_size=padded_vocab_size(hf_config.vocab_size, config.tensor_model_parallel_size),
@@ -140,8 +148,11 @@ def _chunk(
         share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
         vp_stage=stage,
         # PackedAttention rotates queries and keys itself
-        **(rope if has_te else {"position_embedding_type": "none"}),
+        position_embedding_type="rope" if has_te else "none",
     )
+    if has_te:  # Megatron's own knows one scaling, with Llama 3.1's numbers
+        chunk.rotary_pos_emb.inv_freq = rope_frequencies(hf_config).to(host.device())
+    return chunk
 
 
 def block_spec(
@@ -149,33 +160,49 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """Transformer Engine's layers, or Megatron's local ones with our attention and norm."""
     num_layers = get_num_layers_to_build(config, vp_stage=stage)
+    options = {"num_experts": config.num_moe_experts, "qk_layernorm": config.qk_layernorm}
     if has_te:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec()
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            moe_grouped_gemm=config.moe_grouped_gemm, **options
+        )
         return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TENorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = ModuleSpec(
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = ModuleSpec(
         module=PackedAttention, params={"inv_freq": rope_frequencies(hf_config)}
     )
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
-def rope_theta(hf_config: PretrainedConfig) -> float:
-    """The base of the default rope, all that read_hf_config lets in."""
-    return hf_config.rope_parameters["rope_theta"]
-
-
 def rope_frequencies(hf_config: PretrainedConfig) -> torch.Tensor:
-    """The rotary frequencies, float32 [D/2]."""
-    dim = sizes_of(hf_config).head_dim
-    return 1.0 / rope_theta(hf_config) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    """The rotary frequencies, float32 [D/2]: transformers' own, scaled as the model says.
+
+    Cosines and sines themselves are not scaled: read_hf_config lets no such type in.
+    """
+    rope = hf_config.rope_parameters
+    if (rope_type := rope.get("rope_type", "default")) == "default":
+        dim = sizes_of(hf_config).head_dim
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    # here, so that benchmarks of unscaled models need no transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+    assert scaling == 1.0, f"{rope_type} scales by {scaling}"
+    return frequencies
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, marked for Megatron's gradient all-reduce under sequence parallelism."""
+    """torch's RMSNorm, marked for Megatron's gradient all-reduce under sequence parallelism.
+
+    Those of queries and keys see a rank's heads alone, and Megatron adds their gradients up over
+    the tensor ranks by their names (finalize_model_grads.py), with sequence parallelism or without.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
+from checkpoints_conversion.hf_writer import carry_over
+from checkpoints_conversion.megatron_names import HF_FILES, RUN_STATE
 from megatron_nft.policy import host
-from megatron_nft.policy.optimizer import torch_optimizers
+from megatron_nft.policy.optimizer import gradient_buffers, torch_optimizers
 from megatron_nft.policy.step import Policy
 
-MARKER = "complete.json"
 # Optimizer state by parameter, not by rank: it can be loaded at another TP, PP or DP.
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -46,7 +47,7 @@ def check(policy: Policy) -> None:
     Raises:
         ValueError: a bucket that another one follows is padded.
     """
-    buffers = [buffer for chunk in policy.ddp_chunks for buffer in chunk.buffers]
+    buffers = [b for chunk in policy.ddp_chunks for b in gradient_buffers(chunk)]
     inner = [bucket for buffer in buffers for bucket in buffer.buckets[:-1]]
     is_padded = any(bucket.numel_unpadded != bucket.grad_data.numel() for bucket in inner)
     found = torch.tensor(float(is_padded), device=host.device())
@@ -73,9 +74,11 @@ def save(directory: Path, policy: Policy, state: RunState, keep: int) -> None:
     dist_checkpointing.save(_sharded_state(policy), str(path), content_metadata=METADATA)
     dist.barrier()
     if dist.get_rank() == 0:
-        temporary = path / (MARKER + ".partial")
-        temporary.write_text(json.dumps(asdict(state)))
-        temporary.rename(path / MARKER)
+        _add_model_files(path, Path(policy.config.model.path))
+        temporary = path / (RUN_STATE + ".partial")
+        content = {"state": asdict(state), "parallel": asdict(policy.config.parallel)}
+        temporary.write_text(json.dumps(content))
+        temporary.rename(path / RUN_STATE)
         for old in _complete(directory)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
@@ -85,8 +88,8 @@ def latest(directory: Path) -> tuple[Path, RunState] | None:
     """The newest complete checkpoint and the run's state there; None where there is none."""
     if not (complete := _complete(directory)):
         return None
-    state = json.loads((complete[-1] / MARKER).read_text())
-    return complete[-1], RunState(**state)
+    content = json.loads((complete[-1] / RUN_STATE).read_text())
+    return complete[-1], RunState(**content["state"])
 
 
 def load(path: Path, policy: Policy) -> None:
@@ -108,8 +111,14 @@ def load(path: Path, policy: Policy) -> None:
 
 def _complete(directory: Path) -> list[Path]:
     """The complete checkpoints, oldest first."""
-    found = [marker.parent for marker in directory.glob(f"rollout_*/{MARKER}")]
+    found = [marker.parent for marker in directory.glob(f"rollout_*/{RUN_STATE}")]
     return sorted(found, key=lambda path: int(path.name.removeprefix("rollout_")))
+
+
+def _add_model_files(path: Path, source: Path) -> None:
+    """Configuration and tokenizer, so that a checkpoint can be converted by itself."""
+    (path / HF_FILES).mkdir()
+    carry_over(source, path / HF_FILES)
 
 
 def _sharded_state(policy: Policy, is_loading: bool = False) -> dict[str, Any]:

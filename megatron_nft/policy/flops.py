@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 
 def layer_matmul_parameters(hf_config: PretrainedConfig) -> int:
-    """Weights of one layer that every token is multiplied by."""
+    """Weights of one layer that a token is multiplied by: of the experts those that it chooses."""
     sizes = sizes_of(hf_config)
-    heads = (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
-    return hf_config.hidden_size * (heads + 3 * hf_config.intermediate_size)
+    heads = 2 * sizes.queries + 2 * sizes.keys
+    num_mlps = hf_config.num_experts_per_tok if sizes.num_experts else 1
+    return sizes.hidden * (heads + num_mlps * 3 * sizes.ffn + sizes.num_experts)
 
 
 def matmul_parameters(hf_config: PretrainedConfig) -> int:
-    """Weights that every token is multiplied by: the layers and the head, not the embedding."""
+    """Weights that a token is multiplied by: the layers and the head, not the embedding."""
     layers = hf_config.num_hidden_layers * layer_matmul_parameters(hf_config)
     return layers + hf_config.hidden_size * hf_config.vocab_size
 
@@ -31,7 +32,7 @@ def attention_share(hf_config: PretrainedConfig) -> float:
     2·n·L·H·D in the causal attention of L layers with H heads of size D: half of 4·n·H·D each.
     """
     sizes = sizes_of(hf_config)
-    per_length = sizes.num_layers * sizes.num_heads * sizes.head_dim
+    per_length = sizes.num_layers * sizes.queries
     return per_length / matmul_parameters(hf_config)
 
 

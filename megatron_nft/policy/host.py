@@ -38,6 +38,7 @@ def prepare() -> None:
     _disarm_cuda_calls()
     _share_cpu_generator()
     _report_writes_in_process()
+    _count_tokens_in_numbers()
     _mode = _CpuForCuda()
     _mode.__enter__()  # for the life of the process
 
@@ -89,6 +90,18 @@ def repack_tied_head(model: torch.nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def pack_experts_anew(model: torch.nn.Module) -> None:
+    """Make a vLLM model on a CPU host pack its experts at the next reload as it did at the first.
+
+    vLLM's CPU build packs (and pads) experts when it sets their kernel up, which a reload does not
+    do again: the kernel would read the new numbers in the wrong order, silently.
+    """
+    for module in () if has_cuda() else model.modules():
+        method = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 def limit_threads(num_local_processes: int) -> None:
     """Share the cores among the processes of a CPU host; oversubscribed threads thrash."""
     if not has_cuda():
@@ -132,6 +145,9 @@ class _NoStream:
     def wait_stream(self, stream: object) -> None: ...
     def wait_event(self, event: object) -> None: ...
     def record(self, stream: object = None) -> None: ...
+    def record_event(self) -> "_NoStream":
+        return self
+
     def wait(self, stream: object = None) -> None: ...
     def synchronize(self) -> None: ...
     def query(self) -> bool:
@@ -156,6 +172,22 @@ def _share_cpu_generator() -> None:
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     random._get_cuda_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+
+
+def _count_tokens_in_numbers() -> None:
+    """Give Megatron's expert dispatch its counts as numbers, which torch's all-to-all wants.
+
+    On a GPU host they become that when they are moved to the CPU, where they are here already.
+    """
+    from megatron.core.transformer.moe import token_dispatcher
+
+    move = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def counts(tensor: Any, as_numpy: bool = False, **kwargs: Any) -> Any:
+        is_counts = as_numpy and torch.is_tensor(tensor)
+        return tensor.numpy() if is_counts else move(tensor, as_numpy, **kwargs)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = counts
 
 
 def _report_writes_in_process() -> None:

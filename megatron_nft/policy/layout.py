@@ -3,6 +3,7 @@
 from transformers import PretrainedConfig
 
 from checkpoints_conversion.families import sizes_of
+from checkpoints_conversion.mapping import Sizes
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.policy import fp8
 
@@ -13,22 +14,14 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, num_rank
     Raises:
         ValueError: the rule that is broken, with the numbers.
     """
-    sizes = {
-        "attention heads": hf_config.num_attention_heads,
-        "key-value heads": hf_config.num_key_value_heads,
-        "intermediate size": hf_config.intermediate_size,
-    }
-    for what, size in sizes.items():
-        if size % parallel.tensor:
-            raise ValueError(
-                f"parallel.tensor={parallel.tensor} does not divide the model's {size} {what}"
-            )
+    sizes = sizes_of(hf_config)
+    _check_tensor(sizes, parallel)
+    _check_experts(sizes, parallel)
     num_stages = parallel.pipeline * parallel.virtual_pipeline
-    if hf_config.num_hidden_layers % num_stages:
+    if sizes.num_layers % num_stages:
         raise ValueError(
             f"parallel.pipeline={parallel.pipeline} · parallel.virtual_pipeline="
-            f"{parallel.virtual_pipeline} does not divide the model's "
-            f"{hf_config.num_hidden_layers} layers"
+            f"{parallel.virtual_pipeline} does not divide the model's {sizes.num_layers} layers"
         )
     num_model_ranks = parallel.tensor * parallel.pipeline * parallel.context
     if num_ranks % num_model_ranks:
@@ -36,6 +29,41 @@ def check_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, num_rank
             f"parallel.tensor={parallel.tensor} · parallel.pipeline={parallel.pipeline} · "
             f"parallel.context={parallel.context} = {num_model_ranks} does not divide the "
             f"{num_ranks} processes"
+        )
+    if num_ranks // parallel.pipeline % parallel.expert:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} does not divide the "
+            f"{num_ranks // parallel.pipeline} processes of each pipeline rank"
+        )
+
+
+def _check_tensor(sizes: Sizes, parallel: ParallelConfig) -> None:
+    widths = {"attention heads": sizes.num_heads, "key-value heads": sizes.num_kv_heads}
+    if not sizes.num_experts:  # experts stay whole
+        widths["intermediate size"] = sizes.ffn
+    for what, width in widths.items():
+        if width % parallel.tensor:
+            raise ValueError(
+                f"parallel.tensor={parallel.tensor} does not divide the model's {width} {what}"
+            )
+
+
+def _check_experts(sizes: Sizes, parallel: ParallelConfig) -> None:
+    if not sizes.num_experts:
+        if parallel.expert > 1:
+            raise ValueError(
+                f"parallel.expert={parallel.expert}, but the model has no experts; set it to 1"
+            )
+        return
+    if sizes.num_experts % parallel.expert:
+        raise ValueError(
+            f"parallel.expert={parallel.expert} does not divide the model's {sizes.num_experts} "
+            "experts"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        raise ValueError(
+            f"parallel.tensor={parallel.tensor} without parallel.sequence: Megatron-Core trains a "
+            "mixture of experts only with it; set parallel.sequence=true"
         )
 
 
@@ -57,10 +85,10 @@ def check_fp8(hf_config: PretrainedConfig, config: Config) -> None:
     multiple, tensor = fp8.token_multiple(config.fp8), config.parallel.tensor
     sizes = sizes_of(hf_config)
     widths = {
-        "hidden size": hf_config.hidden_size,
-        "intermediate size": hf_config.intermediate_size // tensor,
-        "queries": sizes.num_heads * sizes.head_dim // tensor,
-        "keys": sizes.num_kv_heads * sizes.head_dim // tensor,
+        "hidden size": sizes.hidden,
+        "intermediate size": sizes.ffn if sizes.num_experts else sizes.ffn // tensor,
+        "queries": sizes.queries // tensor,
+        "keys": sizes.keys // tensor,
     }
     for what, width in widths.items():
         if width % multiple:

@@ -31,6 +31,11 @@ def data_parallel(chunk: GPTModel, config: Config) -> DistributedDataParallel:
     return DistributedDataParallel(chunk.config, ddp, chunk)
 
 
+def gradient_buffers(chunk: DistributedDataParallel) -> list[Any]:
+    """Megatron's buffers of the chunk's gradients; experts have their own."""
+    return [*chunk.buffers, *chunk.expert_parallel_buffers]
+
+
 def adamw(chunks: Sequence[DistributedDataParallel], config: Config) -> MegatronOptimizer:
     """AdamW on every parameter, as the official code has it (norms and biases decay too)."""
     options = config.optimizer

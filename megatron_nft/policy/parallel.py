@@ -10,6 +10,10 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron_nft.config import ParallelConfig
 from megatron_nft.policy import host
 
+# Tensor ranks that share an expert's matrices: whole ones make for wider products and no gathering
+# of tokens. parallel.expert spreads the experts, over the tensor ranks as well.
+EXPERT_TENSOR = 1
+
 
 def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -> None:
     """Join the job's processes and lay Megatron's groups over them; call under torchrun."""
@@ -31,6 +35,8 @@ def lay_groups(parallel: ParallelConfig, seed: int) -> None:
             parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
         ),
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=EXPERT_TENSOR,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -90,6 +90,7 @@ class ColocatedEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take new weights in place and forget every cached prefix; consumes the iterator."""
         with host.suspended():
+            self._llm.apply_model(host.pack_experts_anew)
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             self._llm.apply_model(host.repack_tied_head)
             self._llm.reset_prefix_cache()
