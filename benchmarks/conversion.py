@@ -5,15 +5,18 @@
     .venv/bin/python benchmarks/conversion.py --gb 0.05                        # a toy, a minute
 
 The checkpoint is Qwen2.5's in shape, bfloat16, with as many layers as --gb asks for; its widths are
-those of the model of about that size (a toy's below 0.4 GB). The operations take turns. Before each
-its output and older ones are removed, what is dirty is written to disk, and its source is read once
-(so that it is in the page cache, as far as memory goes) or, with --cold, dropped from the cache.
+those of the model of about that size (a toy's below 0.4 GB). The operations take turns, each
+conversion in a process of its own. Right before each, output and older ones are removed, what is
+dirty is written to disk, the source is read once (so that it is in the page cache, as far as memory
+goes) or, with --cold, dropped from the cache, and free memory is written to once: a virtual
+machine's host takes back what has been free for seconds, and whoever came next would pay for that.
 Nothing waits for the disk at the end, neither cp nor the conversions.
 
 s            median of the turns, least and most of them; a conversion's is without imports
-process s    the same for the whole Python process, from its start to its end
 × cp         cp's median over this median: more is faster
-peak         largest resident memory of the whole process, in GB (10⁹ bytes)
+CPU s        median of user and system time, of all threads: sees less of who else is there
+process s    median of the whole Python process, from its start to its end
+peak GB      largest resident memory of the whole process in any turn, imports included
 
 `transformers` loads the model and saves it, dtype="auto": the least that a conversion through a
 model in memory does. In the end source and round trip are compared bit by bit.
@@ -29,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -71,8 +74,9 @@ class Turn:
     """What one run of an operation took."""
 
     seconds: float
+    cpu_seconds: float
+    peak_bytes: int  # resident, of the process
     process_seconds: float
-    peak_bytes: int | None  # resident; None where it is not looked at
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class Operation:
 
     source: str
     out: str
-    run: Callable[[Path, Path], Turn]
+    run: Callable[[Path, Path], Any]
+    is_python: bool = True
 
 
 # the checkpoint
@@ -177,29 +182,36 @@ def _bits(rows: Tensor) -> Tensor:
 # the operations
 
 
-def copy_directory(source: Path, out: Path) -> Turn:
-    start = time.perf_counter()
-    subprocess.run(["cp", "--reflink=never", "-r", str(source), str(out)], check=True)
-    seconds = time.perf_counter() - start
-    return Turn(seconds, seconds, None)
-
-
-def in_a_process(convert: Callable[[Path, Path], Any], source: Path, out: Path) -> Turn:
-    """Run it in a Python of its own, whose memory is then that of the conversion alone."""
+def run_one(work: Path, operation: Operation, is_cold: bool) -> Turn:
+    """Python in a process of its own, whose memory is then that of the conversion alone."""
+    if not operation.is_python:
+        return run_here(work, operation, is_cold)[0]
     start = time.perf_counter()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        seconds, peak_bytes = pool.submit(_measured, convert, source, out).result()
-    return Turn(seconds, time.perf_counter() - start, peak_bytes)
+        turn, seconds_before = pool.submit(run_here, work, operation, is_cold).result()
+    return replace(turn, process_seconds=time.perf_counter() - start - seconds_before)
 
 
-def _measured(convert: Callable[[Path, Path], Any], source: Path, out: Path) -> tuple[float, int]:
+def run_here(work: Path, operation: Operation, is_cold: bool) -> tuple[Turn, float]:
+    """What it took, and how long the preparations."""
     start = time.perf_counter()
-    convert(source, out)
-    seconds = time.perf_counter() - start
-    # not ru_maxrss: that begins with what the parent had, which is more
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak_kib = next(line for line in lines if line.startswith("VmHWM")).split()[1]
-    return seconds, int(peak_kib) * 1024
+    prepare(work, operation, is_cold)
+    # not ru_maxrss: that cannot be reset, and begins with the parent's
+    Path("/proc/self/clear_refs").write_text("5")
+    before, cpu_before = time.perf_counter(), sum(os.times()[:4])
+    operation.run(work / operation.source, work / operation.out)
+    seconds, cpu_seconds = time.perf_counter() - before, sum(os.times()[:4]) - cpu_before
+    peak_bytes = 1024 * _number("/proc/self/status", "VmHWM")
+    return Turn(seconds, cpu_seconds, peak_bytes, seconds), before - start
+
+
+def _number(file: str, field: str) -> int:
+    lines = Path(file).read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def copy_directory(source: Path, out: Path) -> None:
+    subprocess.run(["cp", "--reflink=never", "-r", str(source), str(out)], check=True)
 
 
 def load_and_save(source: Path, out: Path) -> None:
@@ -211,10 +223,10 @@ def operations(args: argparse.Namespace, num_bytes: int) -> dict[str, Operation]
     to_megatron = partial(hf_to_megatron, workers=args.workers)
     to_hf = partial(megatron_to_hf, workers=args.workers)
     found = {
-        CP_HF: Operation("hf", "hf.copy", copy_directory),
-        TO_MEGATRON: Operation("hf", "megatron", partial(in_a_process, to_megatron)),
-        CP_MEGATRON: Operation("megatron", "megatron.copy", copy_directory),
-        TO_HF: Operation("megatron", "round-trip", partial(in_a_process, to_hf)),
+        CP_HF: Operation("hf", "hf.copy", copy_directory, is_python=False),
+        TO_MEGATRON: Operation("hf", "megatron", to_megatron),
+        CP_MEGATRON: Operation("megatron", "megatron.copy", copy_directory, is_python=False),
+        TO_HF: Operation("megatron", "round-trip", to_hf),
     }
     if args.skip_transformers:
         return found
@@ -225,33 +237,46 @@ def operations(args: argparse.Namespace, num_bytes: int) -> dict[str, Operation]
         )
         return found
     return {
-        TRANSFORMERS: Operation("hf", "hf.saved", partial(in_a_process, load_and_save)),
+        TRANSFORMERS: Operation("hf", "hf.saved", load_and_save),
         **found,
     }
 
 
 def available_bytes() -> int:
     """Memory that processes or the page cache can take."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    return 1024 * _number("/proc/meminfo", "MemAvailable")
 
 
 def prepare(work: Path, operation: Operation, is_cold: bool) -> None:
-    """The same state of disk and page cache before every operation."""
+    """The same state of disk and memory before every operation."""
     kept = {"hf", "megatron"} - {operation.out}
     for directory in work.iterdir():
         if directory.name not in kept:
             shutil.rmtree(directory)
     os.sync()
+    files = [path for path in (work / operation.source).rglob("*") if path.is_file()]
+    for path in files:
+        _drop_from_cache(path) if is_cold else _read(path)
+    _write_to_free_memory(sum(path.stat().st_size for path in files))
+
+
+def _drop_from_cache(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read(path: Path) -> None:
     memory = bytearray(PIECE_BYTES)
-    for path in (work / operation.source).rglob("*"):
-        if not path.is_file():
-            continue
-        with path.open("rb", buffering=0) as file:
-            if is_cold:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while not is_cold and file.readinto(memory):
-                pass
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(memory):
+            pass
+
+
+def _write_to_free_memory(num_bytes: int) -> None:
+    """As much as the output takes, one byte a page; no more than is free, the cache stays."""
+    free = 1024 * _number("/proc/meminfo", "MemFree")
+    memory = np.empty(min(num_bytes, int(0.9 * free)), np.uint8)
+    memory[:: os.sysconf("SC_PAGE_SIZE")] = 1
 
 
 def measure(
@@ -261,8 +286,7 @@ def measure(
     found: dict[str, list[Turn]] = {name: [] for name in todo}
     for turn in range(repeats):
         for name, operation in todo.items():
-            prepare(work, operation, is_cold)
-            found[name].append(operation.run(work / operation.source, work / operation.out))
+            found[name].append(run_one(work, operation, is_cold))
             print(f"turn {turn + 1}, {name}: {found[name][-1].seconds:.2f} s", file=sys.stderr)
     return found
 
@@ -272,16 +296,18 @@ def measure(
 
 def table(found: dict[str, list[Turn]], num_bytes: int) -> str:
     """The operations below each other, in Markdown."""
-    columns = "s", "least–most", "GB/s", "× cp", "process s", "peak GB"
+    columns = "s", "least–most", "GB/s", "× cp", "CPU s", "process s", "peak GB"
     lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for name, turns in found.items():
-        seconds, base = median(turns), BASE.get(name)
         spread = [turn.seconds for turn in turns]
-        cells = [name, f"{seconds:.2f}", f"{min(spread):.2f}–{max(spread):.2f}"]
-        cells += [f"{num_bytes / seconds / 1e9:.2f}"]
-        cells += [f"{speed(found, name):.2f}"] if base else ["1.00"]
-        cells += [f"{statistics.median(turn.process_seconds for turn in turns):.2f}"]
-        cells += [f"{peak_bytes(turns) / 1e9:.2f}" if base else "–"]
+        cells = [name, f"{median(turns):.2f}", f"{min(spread):.2f}–{max(spread):.2f}"]
+        cells += [f"{num_bytes / median(turns) / 1e9:.2f}", f"{speed(found, name):.2f}"]
+        cells += [f"{statistics.median(turn.cpu_seconds for turn in turns):.2f}"]
+        if name in BASE:
+            cells += [f"{statistics.median(turn.process_seconds for turn in turns):.2f}"]
+            cells += [f"{peak_bytes(turns) / 1e9:.2f}"]
+        else:
+            cells += ["–", "–"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -292,11 +318,11 @@ def median(turns: list[Turn]) -> float:
 
 def speed(found: dict[str, list[Turn]], name: str) -> float:
     """In terms of cp's."""
-    return median(found[BASE[name]]) / median(found[name])
+    return median(found[BASE.get(name, name)]) / median(found[name])
 
 
 def peak_bytes(turns: list[Turn]) -> int:
-    return max(turn.peak_bytes or 0 for turn in turns)
+    return max(turn.peak_bytes for turn in turns)
 
 
 def goals(found: dict[str, list[Turn]], largest: int) -> str:
@@ -312,6 +338,8 @@ def goals(found: dict[str, list[Turn]], largest: int) -> str:
 
 def check_disk(parent: Path, num_bytes: int) -> None:
     """End the program where there is no room."""
+    if not parent.is_dir():
+        sys.exit(f"--dir: {parent} is no directory")
     needed, free = NUM_COPIES * num_bytes + SPARE_BYTES, shutil.disk_usage(parent).free
     if free < needed:
         sys.exit(
@@ -332,7 +360,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="sources are not in the page cache")
     parser.add_argument("--skip-transformers", action="store_true")
     parser.add_argument("--keep", action="store_true", help="leave all directories, and say where")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if min(args.gb, args.workers, args.repeats) <= 0:
+        parser.error("--gb, --workers and --repeats must be positive")
+    return args
 
 
 def main() -> None:

@@ -51,6 +51,7 @@ def hf_to_megatron(
             workers=workers,
             title="to Megatron",
             allows_nonfinite=allows_nonfinite,
+            describe=view.sources,
         )
         writer.finish()
         (partial / HF_FILES).mkdir()
@@ -78,7 +79,7 @@ def megatron_to_hf(
         dtype: of the weights; by default what the checkpoint has, and bfloat16 beside FP8.
         scheme: of FP8 weights for serving, `block` or `tensor`; None for none.
 
-    Returns, raises: as hf_to_megatron; weights too large for float16 are an error too.
+    Returns, raises: as hf_to_megatron; numbers too large for `dtype` are an error too.
     """
     hf = hf or hf_files_of(checkpoint)
     hf_config = read_hf_config(hf)
@@ -147,9 +148,9 @@ class Taker:
 
     def _cast(self, name: str, rows: Tensor) -> Tensor:
         cast = rows.to(self._writer.infos[name].dtype)
-        is_suspect = cast.dtype is torch.float16 and not is_finite(cast)
+        is_suspect = cast.dtype != rows.dtype and not is_finite(cast)
         if is_suspect and (rows.isfinite() & cast.isinf()).any():
-            raise ValueError(f"{name}: numbers too large for float16; give --dtype bfloat16")
+            raise ValueError(f"{name}: numbers too large for {cast.dtype}; give another --dtype")
         return cast
 
 
@@ -197,7 +198,7 @@ def _target_infos(
             found[name] = Info(info.shape, dtype)
             continue
         found[name] = Info(info.shape, torch.float8_e4m3fn)
-        shape = fp8.scale_shape(info.shape, scheme) or (1,)
+        shape = fp8.scale_shape(info.shape, scheme) or (1,)  # which servers take for a scalar
         found[fp8.scale_name(name, scheme)] = Info(shape, torch.float32)
     return found
 

@@ -3,6 +3,7 @@
 Threads, because all that takes time (reading, checking, casting, writing) leaves Python's lock.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from checkpoints_conversion.source import Info, Source
 
-PIECE_BYTES = 8 << 20  # stays in a core's cache between being read, checked and written
+PIECE_BYTES = 4 << 20  # stays in a core's cache between being read, checked and written
 MAX_NAMED = 5
 Write = Callable[[str, int, Tensor], None]
 
@@ -48,12 +49,14 @@ def copy(
     title: str,
     multiple: int = 1,
     allows_nonfinite: bool = False,
+    describe: Callable[[str], str] = str,
 ) -> list[str]:
     """Hand all rows of all tensors to `write`; the names of tensors that are not finite.
 
     Args:
         write: called with name, first row and rows, by several threads; must not keep the rows.
         multiple: of a piece's rows, but for a tensor's last piece.
+        describe: what to call a tensor that is not finite.
 
     Raises:
         NonFiniteError: such tensors, unless they are allowed; everything has been looked at then.
@@ -73,7 +76,7 @@ def copy(
                 bar.update(rows.nbytes)
 
         _run(work, list(pieces(source.infos, multiple)), workers)
-    names = [name for name in source.infos if name in found]
+    names = [describe(name) for name in source.infos if name in found]
     if names and not allows_nonfinite:
         more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
         raise NonFiniteError(
@@ -94,7 +97,7 @@ def pieces(infos: Mapping[str, Info], multiple: int = 1) -> Iterator[Piece]:
 def is_finite(rows: Tensor) -> bool:
     """One pass, without a mask: the least and the largest number are NaN where any is."""
     low, high = torch.aminmax(rows)
-    return bool(low.isfinite() & high.isfinite())
+    return math.isfinite(low) and math.isfinite(high)
 
 
 def _buffer(buffers: threading.local, piece: Piece) -> Tensor:

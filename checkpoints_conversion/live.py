@@ -9,13 +9,10 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from checkpoints_conversion.mapping import Mapping
+from checkpoints_conversion.megatron_names import FUSED_NORMS, LAYERED
 
 # Transformer Engine keeps a norm's weight in the linear layer that it is fused with
-FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-LAYERED = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+APART = {fused: apart for apart, fused in FUSED_NORMS.items()}
 # experts of this rank, one module each or all in one of Transformer Engine's grouped layers
 EXPERTS = (
     re.compile(r"mlp\.experts\.local_experts\.(?P<expert>\d+)\.(?P<rest>.*)"),
@@ -47,7 +44,7 @@ def _whole_name(name: str, chunk: GPTModel) -> str:
     if not match:
         return name
     layer = chunk.decoder.layers[int(match[1])]
-    rest = FUSED_NORMS.get(match[2], match[2])
+    rest = APART.get(match[2], match[2])
     for pattern in EXPERTS:
         if expert := pattern.fullmatch(rest):
             number = layer.mlp.local_expert_indices[int(expert["expert"])]

@@ -1,7 +1,7 @@
 """Megatron-Core's distributed checkpoints (torch_dist), read without Megatron or a process group.
 
 `.metadata` says which part of which tensor lies where (torch.distributed.checkpoint); each part is
-what torch.save made of it. torch.load under FakeTensorMode tells where a part's numbers begin, so
+what torch.save made of it. torch.load onto the meta device tells where a part's numbers begin, so
 that any rows of it can be read (https://docs.pytorch.org/docs/stable/notes/serialization.html).
 """
 
@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -58,7 +56,6 @@ class MegatronFiles:
         self.metadata = read_metadata(path)
         self.infos: Mapping[str, Info] = {}
         self._stacks: dict[str, Stack] = {}
-        self._fake, self._lock = FakeTensorMode(), Lock()
         self._find(hf_config)
         self._check_files()
 
@@ -167,9 +164,8 @@ class MegatronFiles:
 
     def _offset(self, part: Part, dtype: torch.dtype) -> int:
         """Where the part's first number lies in its file."""
-        with self._lock:
-            if part.offset is None:
-                part.offset = part.storage.offset + self._offset_in_archive(part, dtype)
+        if part.offset is None:
+            part.offset = part.storage.offset + self._offset_in_archive(part, dtype)
         return part.offset
 
     def _offset_in_archive(self, part: Part, dtype: torch.dtype) -> int:
@@ -177,8 +173,9 @@ class MegatronFiles:
         num_numbers = (part.bottom - part.top) * (part.right - part.left)
         reader = FileSystemReader(self.path)
         try:
-            with file.open("rb") as stream, self._fake:
-                tensor = torch.load(reader._slice_file(stream, where), weights_only=True)
+            with file.open("rb") as stream:
+                archive = reader._slice_file(stream, where)
+                tensor = torch.load(archive, map_location="meta", weights_only=True)
             start = tensor.untyped_storage()._checkpoint_offset
             start += tensor.storage_offset() * dtype.itemsize
             is_right = tensor.is_contiguous() and tensor.dtype == dtype

@@ -18,7 +18,7 @@ FUSED_NORMS = {
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
 # what a checkpoint holds besides a model's parameters
-OTHER_PREFIXES = ("optimizer.", "chained_", "common_state", "rng_state", "rerun_state_machine_state")
+OTHER_PREFIXES = ("optimizer.", "chained_", "common_state", "rng_state", "rerun_state_machine")
 LAYERED = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(.*)")
 # Modules that may keep an empty extra state, Transformer Engine's or the local ones.

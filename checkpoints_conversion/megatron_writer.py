@@ -110,7 +110,7 @@ class MegatronWriter:
             )
         if (first := self._tensors[stack.key].properties.dtype) != info.dtype:
             raise ValueError(
-                f"{stack.key}: {first} and {info.dtype}, but Megatron keeps all layers in one tensor"
+                f"{stack.key}: {first} and {info.dtype}, but Megatron has all layers in one tensor"
             )
         height = max(1, PART_BYTES // info.row_bytes)
         for top in range(0, info.shape[0], height):

@@ -26,6 +26,10 @@ class View:
         self.infos = dict(sorted(infos.items(), key=lambda item: _place(item[0])))
         self._source, self._pieces = source, pieces
 
+    def sources(self, name: str) -> str:
+        """The names of the tensors that this one is made of."""
+        return " or ".join(dict.fromkeys(piece[1] for piece in self._pieces[name]))
+
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` with the tensor's rows from `start` on."""
         pieces, stop = self._pieces[name], start + len(out)

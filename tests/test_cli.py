@@ -110,8 +110,8 @@ MISTAKES = {
         lambda: Path("model/config.json").write_text("{"),
     ),
     "an unsupported architecture": Mistake(
-        ("model.path: model is a LlamaForCausalLM; supported: Qwen2ForCausalLM",),
-        lambda: edit_config(architectures=["LlamaForCausalLM"], model_type="llama"),
+        ("model.path: model is a PhiForCausalLM; supported: Qwen2ForCausalLM",),
+        lambda: edit_config(architectures=["PhiForCausalLM"], model_type="phi"),
     ),
     "no weights": Mistake(
         ("model.path: model holds neither model.safetensors nor",),

@@ -50,26 +50,37 @@ def assert_same_model(export: Path, original: Path) -> None:
 # through live models
 
 
-def _convert(
-    layout: dict[str, int], jobs: list[tuple[Path, Path, int]]
-) -> list[dict[str, np.ndarray]]:
-    """Each (source, out, bytes a file) into a live model, out as a stream and as a directory."""
+LAYOUTS = {  # by the number of processes, which cost more than all that they do
+    2: {"DP2": {}, "TP2": {"tensor": 2}, "PP2": {"pipeline": 2}},
+    4: {"TP2·PP2·VPP2": {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}},
+}
+SHARDS = {False: SHARD_BYTES, True: SMALL_SHARD}  # bytes a file, by whether the model is tied
+Streams = dict[tuple[str, bool], dict[str, np.ndarray]]  # by layout and whether tied
+
+
+def _convert(layouts: dict[str, dict[str, int]], folder: Path) -> Streams:
+    """Each source into a live model, and out as a stream and as a directory."""
     from checkpoints_conversion import hf_to_megatron, stream
     from megatron_nft.config import Config, ModelConfig, ParallelConfig
     from megatron_nft.policy import parallel
     from megatron_nft.policy.architecture import build_model, transformer_config
 
-    parallel_config, streamed = ParallelConfig(**layout), []
-    parallel.initialize(parallel_config, seed=0)
-    for original, out, shard_bytes in jobs:
-        hf_config = read_hf_config(original)
-        config = Config(model=ModelConfig(dtype="float32"), parallel=parallel_config)
-        chunks = build_model(hf_config, transformer_config(hf_config, config))
-        hf_to_megatron.load(chunks, original, hf_config)
-        for chunk in chunks:
-            _spoil_padding(chunk, hf_config)
-        streamed.append({n: t.numpy().copy() for n, t in stream.stream(chunks, hf_config)})
-        megatron_to_hf.export(chunks, hf_config, original, out, shard_bytes)
+    streamed = {}
+    parallel.initialize(ParallelConfig(), seed=0)
+    for layout, options in layouts.items():
+        config = Config(model=ModelConfig(dtype="float32"), parallel=ParallelConfig(**options))
+        parallel.lay_groups(config.parallel, seed=0)
+        for tied, shard_bytes in SHARDS.items():
+            original = folder / f"source-{tied}"
+            hf_config = read_hf_config(original)
+            chunks = build_model(hf_config, transformer_config(hf_config, config))
+            hf_to_megatron.load(chunks, original, hf_config)
+            for chunk in chunks:
+                _spoil_padding(chunk, hf_config)
+            tensors = stream.stream(chunks, hf_config)
+            streamed[layout, tied] = {n: t.numpy().copy() for n, t in tensors}
+            out = folder / layout / f"export-{tied}"
+            megatron_to_hf.export(chunks, hf_config, original, out, shard_bytes)
     parallel.finalize()
     return streamed
 
@@ -86,40 +97,46 @@ def _spoil_padding(model: torch.nn.Module, hf_config: PretrainedConfig) -> None:
                 parameter[own:] = 7.0
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize(
-    ("num_processes", "layout"),
-    [
-        (1, {}),
-        (2, {"tensor": 2}),
-        (2, {"pipeline": 2}),
-        (4, {"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}),
-    ],
-)
-def test_a_model_comes_back_as_it_was(
-    tmp_path: Path, num_processes: int, layout: dict[str, int]
-) -> None:
-    jobs = [
-        (source(tmp_path / f"source-{tied}", tied), tmp_path / f"export-{tied}", shard_bytes)
-        for tied, shard_bytes in ((False, SHARD_BYTES), (True, SMALL_SHARD))
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("live")
+
+
+@pytest.fixture(scope="module")
+def streams(folder: Path) -> list[Streams]:
+    """What every rank of every launch has streamed."""
+    for tied in SHARDS:
+        source(folder / f"source-{tied}", tied)
+    return [
+        streams
+        for num_processes, layouts in LAYOUTS.items()
+        for streams in run(_convert, num_processes, layouts, folder)
     ]
-    ranks = run(_convert, num_processes, layout, jobs)
-    for number, (original, out, _) in enumerate(jobs):
-        expected = weights_of(original)
-        for streamed in (rank[number] for rank in ranks):
-            assert streamed.keys() == expected.keys()
-            assert all(np.array_equal(streamed[n], t.numpy()) for n, t in expected.items())
-        assert_same_model(out, original)
-        assert (HEAD in weights_of(out)) == (number == 0)
-        files = {file.name for file in out.iterdir()}
-        carried = {file.name for file in original.iterdir()} - {"README.md", "model.safetensors"}
-        assert {file for file in files if "model" not in file} == carried
-        for file in carried:
-            assert (out / file).read_bytes() == (original / file).read_bytes()
-        assert AutoTokenizer.from_pretrained(out)("ab12").input_ids == [51, 52, 3, 4]
-    assert (jobs[0][1] / "model.safetensors").is_file()
-    assert len(list(jobs[1][1].glob("model-*-of-*.safetensors"))) > 2
-    assert {path.name for path in tmp_path.iterdir()} == {p.name for job in jobs for p in job[:2]}
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("tied", SHARDS)
+@pytest.mark.parametrize("layout", [layout for found in LAYOUTS.values() for layout in found])
+def test_a_model_comes_back_as_it_was(
+    folder: Path, streams: list[Streams], layout: str, tied: bool
+) -> None:
+    original, out = folder / f"source-{tied}", folder / layout / f"export-{tied}"
+    expected = weights_of(original)
+    mine = [found[layout, tied] for found in streams if (layout, tied) in found]
+    assert len(mine) == next(n for n, layouts in LAYOUTS.items() if layout in layouts)
+    for streamed in mine:
+        assert streamed.keys() == expected.keys()
+        assert all(np.array_equal(streamed[n], t.numpy()) for n, t in expected.items())
+    assert_same_model(out, original)
+    assert (HEAD in weights_of(out)) != tied
+    carried = {file.name for file in original.iterdir()} - {"README.md", "model.safetensors"}
+    assert {file.name for file in out.iterdir() if "model" not in file.name} == carried
+    for file in carried:
+        assert (out / file).read_bytes() == (original / file).read_bytes()
+    assert AutoTokenizer.from_pretrained(out)("ab12").input_ids == [51, 52, 3, 4]
+    assert (out / "model.safetensors").is_file() != tied
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 2 or not tied
+    assert {path.name for path in (folder / layout).iterdir()} == {"export-False", "export-True"}
 
 
 # the directory that is written

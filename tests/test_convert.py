@@ -209,7 +209,9 @@ def test_numbers_too_large_for_float16(tmp_path: Path, allows_nonfinite: bool) -
     weight[3, 5] = torch.inf if allows_nonfinite else 0.0
     change(original, **{DOWN: weight})
     hf_to_megatron(original, tmp_path / "megatron", allows_nonfinite=allows_nonfinite)
-    with pytest.raises(ValueError, match=f"{DOWN}: numbers too large for float16; give --dtype bf"):
+    with pytest.raises(
+        ValueError, match=f"{DOWN}: numbers too large for torch.float16; give another --dtype"
+    ):
         megatron_to_hf(
             tmp_path / "megatron",
             tmp_path / "back",
@@ -228,7 +230,7 @@ def test_nonfinite_weights_that_are_allowed_are_named_and_copied(
     weight[-1, -1] = bad
     change(original, **{DOWN: weight})
     found = hf_to_megatron(original, tmp_path / "megatron", allows_nonfinite=True)
-    assert found == ["decoder.layers.1.mlp.linear_fc2.weight"]
+    assert found == [DOWN]
     found = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", allows_nonfinite=True)
     assert found == [DOWN]
     assert_returned(tmp_path / "back", original)
@@ -282,7 +284,10 @@ def test_fp8_weights_with_their_scales(
             assert len({float(ours[fp8.scale_name(n, scheme)]) for n in fused}) == 1
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    assert config["quantization_config"] == fp8.quantization_config(scheme, theirs)
+    declared, expected = config["quantization_config"], fp8.quantization_config(scheme, theirs)
+    for said in (declared, expected):
+        said["modules_to_not_convert"].sort()
+    assert declared == expected
     with pytest.raises(ValueError, match="weights quantized with fp8"):
         hf_to_megatron(tmp_path / "back", tmp_path / "again")
 

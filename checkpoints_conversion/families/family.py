@@ -125,6 +125,12 @@ def moe_options(num_experts: int, num_chosen: int, ffn: int, is_normalized: bool
     }
 
 
+def one_expert(hf_config: PretrainedConfig) -> str | None:
+    """A refusal where each token has one expert, whose normalized weight is always 1."""
+    is_one = hf_config.num_experts_per_tok == 1 and getattr(hf_config, "norm_topk_prob", True)
+    return "one expert a token with normalized weights" if is_one else None
+
+
 def sliding_window(hf_config: PretrainedConfig) -> str | None:
     """A refusal where attention does not see the whole sequence."""
     is_on = getattr(hf_config, "use_sliding_window", True)

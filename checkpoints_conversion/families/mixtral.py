@@ -5,6 +5,7 @@ from checkpoints_conversion.families.family import (
     attention,
     experts,
     moe_options,
+    one_expert,
     sliding_window,
 )
 
@@ -16,5 +17,5 @@ FAMILY = Family(
         hf_config.intermediate_size,
         is_normalized=True,
     ),
-    refusal=sliding_window,
+    refusal=lambda hf_config: sliding_window(hf_config) or one_expert(hf_config),
 )

@@ -10,6 +10,7 @@ from checkpoints_conversion.families.family import (
     biases,
     experts,
     moe_options,
+    one_expert,
     sliding_window,
 )
 
@@ -32,7 +33,8 @@ def _options(hf_config: PretrainedConfig) -> dict[str, Any]:
 def _refusal(hf_config: PretrainedConfig) -> str | None:
     if hf_config.mlp_only_layers or hf_config.decoder_sparse_step != 1:
         return "layers without experts (mlp_only_layers or decoder_sparse_step)"
-    return sliding_window(hf_config) or biases(hf_config, "attention_bias")
+    biased = biases(hf_config, "attention_bias")
+    return sliding_window(hf_config) or biased or one_expert(hf_config)
 
 
 FAMILY = Family(
