@@ -336,7 +336,7 @@ def goals(found: dict[str, list[Turn]], largest: int) -> str:
     return "\n".join(lines)
 
 
-def check_disk(parent: Path, num_bytes: int) -> None:
+def check_disk(parent: Path, num_bytes: float) -> None:
     """End the program where there is no room."""
     if not parent.is_dir():
         sys.exit(f"--dir: {parent} is no directory")
@@ -368,10 +368,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    check_disk(args.dir or Path(tempfile.gettempdir()), args.gb * 1e9)
     config = make_config(args.gb)
     infos = tensors_of(config)
     num_bytes = sum(info.num_bytes for info in infos.values())
-    check_disk(args.dir or Path(tempfile.gettempdir()), num_bytes)
     print(
         f"{num_bytes / 1e9:.2f} GB in {len(infos)} tensors ({config.num_hidden_layers} layers of "
         f"width {config.hidden_size}), {args.repeats} turns, {args.workers} workers, "

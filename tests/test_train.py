@@ -1,6 +1,7 @@
 """The command `megatron-nft train`, whole: sampling, judging, training, resuming, exporting."""
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from toys import train_tokenizer
+from toys import save_model, train_tokenizer
 
 from megatron_nft import arithmetic
 from megatron_nft.config import DataConfig, SourceConfig
@@ -42,12 +43,28 @@ evaluate: {{sets: [{{path: {root}/cold.jsonl, name: sums, samples: 2}}], every: 
 checkpoint: {{every: 1, check_export: true}}
 """
 
+MOE = {
+    "vocab_size": len(arithmetic.VOCABULARY),
+    "hidden_size": 128,
+    "head_dim": 32,
+    "moe_intermediate_size": 128,
+    "norm_topk_prob": True,
+    "eos_token_id": arithmetic.VOCABULARY.index(arithmetic.END),
+    "pad_token_id": 0,
+}
+
 
 def train(recipe: Path, *overrides: str) -> None:
     """`megatron-nft train`, as a user would."""
     command = [sys.executable, "-m", "megatron_nft", "train", str(recipe), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def convert(*arguments: object) -> str:
+    """`megatron-nft convert`; what it prints."""
+    command = [sys.executable, "-m", "megatron_nft", "convert", *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=100, check=True).stdout
 
 
 def lasting(run_dir: Path) -> list[dict]:
@@ -109,6 +126,34 @@ def test_a_resumed_run_is_the_run_it_continues(root: Path) -> None:
     resumed = load_file(run_dir / "hf" / "model.safetensors")
     for name, tensor in load_file(root / "nft" / "hf" / "model.safetensors").items():
         np.testing.assert_array_equal(tensor, resumed[name], err_msg=name)
+
+
+def test_a_checkpoint_converts_by_itself_to_what_the_run_exports(root: Path) -> None:
+    checkpoint, out = root / "nft" / "checkpoints" / "rollout_4", root / "converted"
+    convert("megatron-to-hf", "--checkpoint", checkpoint, "--out", out)
+    assert "equal" in convert("compare", out, root / "nft" / "hf").splitlines()
+    found = json.loads(convert("inspect", "--json", checkpoint).splitlines()[-1])
+    assert (found["rollout"], found["step"]) == (4, 8)
+    assert found["parallel layout"]["tensor"] == 2
+
+
+def test_a_mixture_of_experts_from_cold_start_to_nft(root: Path) -> None:
+    """The recipe at EP 2: engines, balance and export of a Qwen3-MoE."""
+    model = root / "moe" / "model"
+    save_model(model, "qwen3_moe", **MOE)
+    for file in (root / "model").glob("tokenizer*"):
+        shutil.copy(file, model)
+    folder = root / "moe"
+    experts = ["parallel.tensor=1", "parallel.expert=2", "parallel.num_processes=2"]
+    cold = [f"run_dir={folder}/cold", f"model.path={model}", *experts]
+    train(root / "cold.yaml", *cold)
+    train(root / "recipe.yaml", f"run_dir={folder}/nft", f"model.path={folder}/cold/hf", *experts)
+    records = read_metrics(folder / "nft")
+    assert [r["step"] for r in records] == list(range(9))
+    assert max(r["logp_delta_max"] for r in records[2::2]) <= 1e-4
+    out = folder / "converted"
+    convert("megatron-to-hf", "--checkpoint", folder / "nft/checkpoints/rollout_4", "--out", out)
+    assert "equal" in convert("compare", out, folder / "nft" / "hf").splitlines()
 
 
 def test_data_parallel_ranks_train_as_tensor_parallel_ones_do(root: Path) -> None:
