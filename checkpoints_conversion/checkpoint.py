@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 
 from checkpoints_conversion.convert import hf_files_of
 from checkpoints_conversion.hf_files import HFWeights, read_hf_config
-from checkpoints_conversion.megatron_files import METADATA, MegatronFiles
+from checkpoints_conversion.megatron_files import COMPLETE, METADATA, MegatronFiles
 from checkpoints_conversion.source import Source
 from checkpoints_conversion.views import as_hf
 
@@ -34,10 +34,12 @@ def is_megatron(path: Path) -> bool:
     Raises:
         ValueError: it looks like neither.
     """
-    if (path / METADATA).is_file() or (path / "metadata.json").is_file():
+    if (path / METADATA).is_file():
         return True
     if (path / "config.json").is_file():
         return False
+    if (path / COMPLETE).is_file():
+        return True
     raise ValueError(
         f"{path} is no checkpoint: neither config.json (Hugging Face) nor {METADATA} (Megatron)"
     )
@@ -55,7 +57,7 @@ def open_checkpoint(path: Path, hf: Path | None = None) -> Checkpoint:
     if not is_megatron(path):
         hf_config = read_hf_config(path)
         return Checkpoint(path, False, path, hf_config, HFWeights(path, hf_config))
-    hf = hf or hf_files_of(path)
+    hf = hf_files_of(path, hf)
     hf_config = read_hf_config(hf)
     files = MegatronFiles(path, hf_config)
     files.check()

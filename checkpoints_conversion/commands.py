@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def _add_to_megatron(verbs: Any) -> None:
     )
     parser.add_argument("--hf", type=Path, required=True, metavar="DIR", help="the model")
     _add_common(parser)
-    parser.set_defaults(run=_to_megatron)
+    parser.set_defaults(run=_speaking(_to_megatron))
 
 
 def _add_to_hf(verbs: Any) -> None:
@@ -64,14 +65,15 @@ def _add_to_hf(verbs: Any) -> None:
         help="projections in FP8 for serving, with a scale for each 128×128 block or tensor",
     )
     _add_common(parser)
-    parser.set_defaults(run=_to_hf)
+    parser.set_defaults(run=_speaking(_to_hf))
 
 
 def _add_compare(verbs: Any) -> None:
     parser = verbs.add_parser(
         "compare",
         help="are two checkpoints, of either form, the same model?",
-        description="Compare names, shapes, dtypes and bits. Exit code 1 where they differ.",
+        description="Compare what decides the numbers: settings, names, shapes, dtypes and bits. "
+        "Exit code 1 where they differ.",
     )
     parser.add_argument("a", type=Path, metavar="A")
     parser.add_argument("b", type=Path, metavar="B")
@@ -84,7 +86,7 @@ def _add_compare(verbs: Any) -> None:
         help="also run both models in float32 on TEXT (a sentence of its own by default)",
     )
     _add_workers(parser)
-    parser.set_defaults(run=_compare)
+    parser.set_defaults(run=_speaking(_compare))
 
 
 def _add_inspect(verbs: Any) -> None:
@@ -96,7 +98,7 @@ def _add_inspect(verbs: Any) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR")
     _add_hf(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object")
-    parser.set_defaults(run=_inspect)
+    parser.set_defaults(run=_speaking(_inspect))
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -135,6 +137,18 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"was {text}; it may be 1 or more")
     return number
+
+
+def _speaking(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """What the file system refuses is the user's to mend: say it in one line."""
+
+    def speaking(arguments: argparse.Namespace) -> int:
+        try:
+            return run(arguments)
+        except OSError as error:
+            raise ValueError(f"{error.filename}: {error.strerror}") from error
+
+    return speaking
 
 
 def _to_megatron(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Are two checkpoints the same model? Names, shapes, dtypes, bits, and the largest difference."""
+"""Are two checkpoints the same model? Settings, names, shapes, dtypes, bits, and what differs."""
 
 import threading
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from torch import Tensor
 from checkpoints_conversion.checkpoint import Checkpoint
 from checkpoints_conversion.copying import copy
 from checkpoints_conversion.hf_files import some
+from checkpoints_conversion.settings import differing
 from checkpoints_conversion.source import Info, Source
 from checkpoints_conversion.views import only
 
@@ -31,6 +32,7 @@ class Comparison:
 
     a: dict[str, Info]
     b: dict[str, Info]
+    settings: list[str]  # in which the configurations differ
     differences: dict[str, Difference] = field(default_factory=dict)
 
     @property
@@ -41,15 +43,17 @@ class Comparison:
     @property
     def is_equal(self) -> bool:
         """Bitwise, in every respect."""
-        return self.a == self.b and not self.differences
+        return self.a == self.b and not self.settings and not self.differences
 
     def lines(self) -> Iterator[str]:
         """The result in words, worst first."""
+        if self.settings:
+            yield f"configurations: {'; '.join(self.settings)}"
         for title, mine, others in (("only in A", self.a, self.b), ("only in B", self.b, self.a)):
             if alone := [name for name in mine if name not in others]:
                 yield f"{title}: {some(alone)}"
-        for name in self.a.keys() & self.b.keys():
-            if not self._same(name, self.a[name]):
+        for name in self.a:
+            if name in self.b and not self._same(name, self.a[name]):
                 yield f"shape of {name}: {self.a[name].shape} in A, {self.b[name].shape} in B"
         if dtypes := {(str(self.a[n].dtype), str(self.b[n].dtype)) for n in self.common}:
             for ours, theirs in sorted(dtypes):
@@ -77,7 +81,8 @@ def compare(a: Checkpoint, b: Checkpoint, workers: int = 2) -> Comparison:
 
     Memory is bounded by a few pieces of a tensor.
     """
-    result = Comparison(dict(a.tensors.infos), dict(b.tensors.infos))
+    different = differing(a.hf_config, b.hf_config)
+    result = Comparison(dict(a.tensors.infos), dict(b.tensors.infos), different)
     lock = threading.Lock()
 
     def look(name: str, start: int, rows: Tensor) -> None:

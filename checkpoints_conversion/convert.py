@@ -20,6 +20,7 @@ from checkpoints_conversion.megatron_files import MegatronFiles, check_complete
 from checkpoints_conversion.megatron_names import HF_FILES
 from checkpoints_conversion.megatron_writer import MegatronWriter
 from checkpoints_conversion.output import check_free, new_directory
+from checkpoints_conversion.settings import differing
 from checkpoints_conversion.source import Info
 from checkpoints_conversion.views import View, as_hf, as_megatron, only
 
@@ -44,6 +45,8 @@ def hf_to_megatron(
     view = as_megatron(HFWeights(hf, hf_config), hf_config)
     check_free(out, _num_bytes(view.infos))
     with new_directory(out) as partial:
+        (partial / HF_FILES).mkdir()
+        carry_over(hf, partial / HF_FILES)
         writer = MegatronWriter(partial, view.infos, sizes_of(hf_config))
         found = copy(
             view,
@@ -54,8 +57,6 @@ def hf_to_megatron(
             describe=view.sources,
         )
         writer.finish()
-        (partial / HF_FILES).mkdir()
-        carry_over(hf, partial / HF_FILES)
         MegatronFiles(partial, hf_config).check()
     return found
 
@@ -81,7 +82,9 @@ def megatron_to_hf(
 
     Returns, raises: as hf_to_megatron; numbers too large for `dtype` are an error too.
     """
-    hf = hf or hf_files_of(checkpoint)
+    if scheme not in (None, *fp8.SCHEMES):
+        raise ValueError(f"scheme was {scheme!r}; it may be {', '.join(fp8.SCHEMES)}")
+    hf = hf_files_of(checkpoint, hf)
     hf_config = read_hf_config(hf)
     view = as_hf(MegatronFiles(checkpoint, hf_config), hf_config)
     target = DTYPES[dtype or "bfloat16"] if dtype or scheme else None
@@ -90,6 +93,7 @@ def megatron_to_hf(
     infos = _target_infos(view.infos, target, scheme)
     check_free(out, _num_bytes(infos))
     with new_directory(out) as partial:
+        carry_over(hf, partial)
         writer = HFWriter(partial, infos, shard_bytes)
         take = Taker(writer, scheme, _scales(view, scheme, workers))
         found = copy(
@@ -101,21 +105,30 @@ def megatron_to_hf(
             allows_nonfinite=allows_nonfinite,
         )
         writer.finish()
-        carry_over(hf, partial)
         changes = {"quantization_config": fp8.quantization_config(scheme, infos)} if scheme else {}
         declare(partial / "config.json", target or _common_dtype(infos), **changes)
-        assert stored_infos(partial) == infos
+        if stored_infos(partial) != infos:
+            raise RuntimeError(f"{partial}: the files do not hold what was written into them")
     return found
 
 
-def hf_files_of(checkpoint: Path) -> Path:
-    """Where a checkpoint has its model's configuration and tokenizer.
+def hf_files_of(checkpoint: Path, given: Path | None = None) -> Path:
+    """Where a checkpoint's model has its configuration and tokenizer.
+
+    Args:
+        given: a directory to be preferred to the checkpoint's own.
 
     Raises:
-        ValueError: it has none, or there is no complete checkpoint.
+        ValueError: there is none, the given one is of another model, or there is no complete
+            checkpoint.
     """
     check_complete(checkpoint)
-    if not (checkpoint / HF_FILES / "config.json").is_file():
+    has_own = (checkpoint / HF_FILES / "config.json").is_file()
+    if given is not None:
+        if has_own and (why := differing(*map(read_hf_config, (checkpoint / HF_FILES, given)))):
+            raise ValueError(f"--hf: {given} is not {checkpoint}'s model: {'; '.join(why[:3])}")
+        return given
+    if not has_own:
         raise ValueError(
             f"{checkpoint} has no {HF_FILES}/config.json, as checkpoints of this program have; "
             "name the directory of the original model with --hf"

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +18,6 @@ from checkpoints_conversion.source import Info, Source
 PIECE_BYTES = 4 << 20  # stays in a core's cache between being read, checked and written
 MAX_NAMED = 5
 Write = Callable[[str, int, Tensor], None]
-
-
-class Writer(Protocol):
-    """Takes tensors by rows, in any order and from several threads."""
-
-    def write(self, name: str, start: int, rows: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -111,8 +104,19 @@ def _buffer(buffers: threading.local, piece: Piece) -> Tensor:
 
 def _run(work: Callable[[Piece], None], todo: list[Piece], workers: int) -> None:
     """Do all pieces in order; the first exception ends it."""
+    has_failed = threading.Event()
+
+    def attempt(piece: Piece) -> None:
+        if has_failed.is_set():  # the pool may be faster than whoever cancels what waits in it
+            return
+        try:
+            work(piece)
+        except BaseException:
+            has_failed.set()
+            raise
+
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(work, piece) for piece in todo]
+        futures = [pool.submit(attempt, piece) for piece in todo]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:

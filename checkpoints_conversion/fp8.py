@@ -4,7 +4,7 @@ The weights of the projections of attention, MLP and experts become float8_e4m3f
 scales; value = fp8 × scale. Embeddings, norms, biases, routers and the head stay as they are.
 
     block   `X.weight_scale_inv` [⌈out/128⌉, ⌈in/128⌉]: one scale for every 128×128 block
-    tensor  `X.weight_scale` []: one scale for the whole weight
+    tensor  `X.weight_scale` [1]: one scale for the whole weight
 
 What we rely on (vLLM 0.32, `layers/quantization/fp8.py`; transformers 5, FineGrainedFP8Config):
 

@@ -1,7 +1,7 @@
 """Hugging Face directories: what they hold, checked before anybody relies on it."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,16 @@ from checkpoints_conversion.source import File, Info
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # stored by some tools although the configuration determines them
 DERIVED_SUFFIXES = (".rotary_emb.inv_freq",)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+IO_BYTES = 8 << 20
 ROPE_TYPES = ("default", "linear", "llama3")  # frequencies alone; others scale attention too
 
 
-def read_hf_config(path: Path) -> PretrainedConfig:
+def read_hf_config(path: Path, *, allows_quantized: bool = False) -> PretrainedConfig:
     """The model directory's configuration.
+
+    Args:
+        allows_quantized: also of weights that cannot be read, only looked at.
 
     Raises:
         ValueError: no config.json there, one that is broken, an architecture that has no family
@@ -32,8 +37,9 @@ def read_hf_config(path: Path) -> PretrainedConfig:
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} has no config.json; give the directory of a Hugging Face model")
     raw = read_json(path / "config.json")
-    architecture = (raw.get("architectures") or ["model without `architectures` in config.json"])[0]
-    if architecture not in FAMILIES:
+    named = raw.get("architectures") or ["model without `architectures` in config.json"]
+    architecture = named[0] if isinstance(named, list) else named
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise ValueError(f"{path} is a {architecture}; supported: {', '.join(FAMILIES)}")
     try:
         hf_config = AutoConfig.from_pretrained(path)
@@ -43,7 +49,7 @@ def read_hf_config(path: Path) -> PretrainedConfig:
         raise ValueError(
             f"{path / 'config.json'}: model_type {hf_config.model_type!r} is no {architecture}"
         )
-    if why := _refusal(hf_config):
+    if why := _refusal(hf_config) or (None if allows_quantized else _quantization(hf_config)):
         raise ValueError(f"{path} has {why}, which is unsupported")
     return hf_config
 
@@ -54,10 +60,20 @@ def _refusal(hf_config: PretrainedConfig) -> str | None:
         return f"hidden_act={hf_config.hidden_act!r} (it may be 'silu')"
     if (rope := hf_config.rope_parameters.get("rope_type", "default")) not in ROPE_TYPES:
         return f"rope type {rope!r} (it may be {', '.join(ROPE_TYPES)})"
-    if (quantization := getattr(hf_config, "quantization_config", None)) is not None:
-        method = dict(quantization).get("quant_method", quantization)
-        return f"weights quantized with {method} (take the original in bfloat16)"
+    if hf_config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        return "a rope of a part of the head (partial_rotary_factor)"
+    for size in ("hidden_size", "num_attention_heads", "num_key_value_heads"):
+        if getattr(hf_config, size) < 1:
+            return f"{size}={getattr(hf_config, size)}"
     return family_of(hf_config).refusal(hf_config)
+
+
+def _quantization(hf_config: PretrainedConfig) -> str | None:
+    """How the weights are quantized; None where they are not."""
+    if (quantization := getattr(hf_config, "quantization_config", None)) is None:
+        return None
+    method = dict(quantization).get("quant_method", quantization)
+    return f"weights quantized with {method} (take the original in bfloat16)"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -93,25 +109,17 @@ class HFWeights:
     def __init__(self, path: Path, hf_config: PretrainedConfig) -> None:
         self.path = path
         self._files, self._places = _find_tensors(path)
+        self.infos = {name: place.info for name, place in self._places.items()}
         expected = expected_shapes(hf_config)
+        self._check_dtypes()
         self._drop_copies(hf_config)
-        check_names(str(path), self._places, expected)
+        check_names(str(path), self.infos, expected)
         for name, shape in expected.items():
-            if (found := self._places[name].info.shape) != shape:
+            if (found := self.infos[name].shape) != shape:
                 raise ValueError(
                     f"{path / self._files[name]}: {name} has shape {found}, but config.json "
                     f"makes it {shape}; weights and configuration are of different models"
                 )
-
-    @cached_property
-    def infos(self) -> Mapping[str, Info]:
-        """Every tensor, file by file and in each file's order."""
-        return {name: place.info for name, place in self._places.items()}
-
-    @cached_property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(info.num_bytes for info in self.infos.values())
 
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` with the tensor's rows from `start` on."""
@@ -131,11 +139,38 @@ class HFWeights:
 
     def _drop_copies(self, hf_config: PretrainedConfig) -> None:
         """Forget what a checkpoint may hold although other tensors determine it."""
-        copies = {name for name in self._places if name.endswith(DERIVED_SUFFIXES)}
-        if hf_config.tie_word_embeddings:
-            copies.add("lm_head.weight")
+        copies = [name for name in self.infos if name.endswith(DERIVED_SUFFIXES)]
+        if hf_config.tie_word_embeddings and HEAD in self.infos:
+            if not self._equal(HEAD, EMBEDDING):
+                raise ValueError(
+                    f"{self.path}: config.json ties the head to the embedding, but {HEAD} is "
+                    "another one; set tie_word_embeddings to false there"
+                )
+            copies.append(HEAD)
         for name in copies:
-            self._places.pop(name, None)
+            del self.infos[name]
+
+    def _equal(self, a: str, b: str) -> bool:
+        """Whether two tensors are the same, looked at a few rows at a time."""
+        info = self.infos[a]
+        if self.infos.get(b) != info:
+            return False
+        height = max(1, IO_BYTES // info.row_bytes)
+        for start in range(0, info.shape[0], height):
+            num_rows = min(height, info.shape[0] - start)
+            rows = [torch.empty(num_rows, *info.row_shape, dtype=info.dtype) for _ in range(2)]
+            self.read(a, start, rows[0])
+            self.read(b, start, rows[1])
+            if not rows[0].equal(rows[1]):
+                return False
+        return True
+
+    def _check_dtypes(self) -> None:
+        for name, info in self.infos.items():
+            if info.dtype.itemsize < 2:
+                raise ValueError(
+                    f"{self.path / self._files[name]}: {name} is FP8; take the original in bfloat16"
+                )
 
 
 def check_names(where: str, found: Collection[str], expected: Collection[str]) -> None:
@@ -165,8 +200,13 @@ def _find_tensors(path: Path) -> tuple[dict[str, str], dict[str, Place]]:
     """Which file holds each tensor, and where; every file's header is read."""
     if (path / INDEX).is_file():
         by_name = read_json(path / INDEX).get("weight_map")
-        if not isinstance(by_name, dict):
+        if not isinstance(by_name, dict) or not all(isinstance(f, str) for f in by_name.values()):
             raise ValueError(f"{path / INDEX}: has no weight_map; download it again")
+        if (path / SINGLE).is_file() and SINGLE not in by_name.values():
+            raise ValueError(
+                f"{path} holds both {SINGLE} and {INDEX}, and programs differ in which they take; "
+                "remove one"
+            )
     elif (path / SINGLE).is_file():
         places = read_places(path / SINGLE)
         return dict.fromkeys(places, SINGLE), places

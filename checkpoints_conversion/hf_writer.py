@@ -14,7 +14,17 @@ from checkpoints_conversion.safetensors_file import Place, lay_out
 from checkpoints_conversion.source import File, Info
 
 SHARD_BYTES = 5_000_000_000
-CARRIED = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")  # beside the weights
+CARRIED = (  # beside the weights
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "tokenizer.model*",
+    "*.model",
+    "*.tiktoken",
+    "additional_chat_templates/*",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 class HFWriter:
@@ -63,8 +73,10 @@ def carry_over(source: Path, out: Path) -> None:
     """Copy configuration, generation configuration, tokenizer, chat template and license."""
     for pattern in CARRIED:
         for file in source.glob(pattern):
-            if not file.name.endswith(".index.json"):
-                shutil.copyfile(file, out / file.name)
+            if file.is_file() and not file.name.endswith(".index.json"):
+                copied = out / file.relative_to(source)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
 
 
 def declare(file: Path, dtype: torch.dtype, **changes: Any) -> None:

@@ -1,6 +1,5 @@
 """What is in a checkpoint's directory, whole or not."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from math import prod
@@ -11,6 +10,13 @@ from transformers import PretrainedConfig
 
 from checkpoints_conversion.checkpoint import Checkpoint, is_megatron, open_checkpoint
 from checkpoints_conversion.families import sizes_of
+from checkpoints_conversion.hf_files import (
+    expected_shapes,
+    read_hf_config,
+    read_json,
+    some,
+    stored_infos,
+)
 from checkpoints_conversion.megatron_names import RUN_STATE
 from checkpoints_conversion.source import Info
 
@@ -27,13 +33,29 @@ def inspect(path: Path, hf: Path | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {"path": str(path)}
     found["format"] = "Megatron torch_dist" if is_megatron(path) else "Hugging Face"
     try:
-        checkpoint = open_checkpoint(path, hf)
+        found |= _quantized(path) or _readable(open_checkpoint(path, hf))
     except ValueError as error:
         return found | {"complete": False, "why": str(error)}
-    found |= _model(checkpoint.hf_config) | _tensors(checkpoint.tensors.infos)
-    if checkpoint.is_megatron:
-        found |= _training(checkpoint)
     return found | {"complete": True}
+
+
+def _readable(checkpoint: Checkpoint) -> dict[str, Any]:
+    found = _model(checkpoint.hf_config) | _tensors(checkpoint.tensors.infos)
+    return found | (_training(checkpoint) if checkpoint.is_megatron else {})
+
+
+def _quantized(path: Path) -> dict[str, Any] | None:
+    """A Hugging Face directory whose weights can only be looked at; None where it is none."""
+    if is_megatron(path):
+        return None
+    hf_config = read_hf_config(path, allows_quantized=True)
+    if (quantization := getattr(hf_config, "quantization_config", None)) is None:
+        return None
+    infos = stored_infos(path)
+    if missing := [name for name in expected_shapes(hf_config) if name not in infos]:
+        raise ValueError(f"{path}: missing weights: {some(missing)}")
+    shown = {k: v for k, v in quantization.items() if k != "modules_to_not_convert"}
+    return _model(hf_config) | _tensors(infos) | {"quantization": shown}
 
 
 def _model(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -70,9 +92,7 @@ def _training(checkpoint: Checkpoint) -> dict[str, Any]:
     marker = checkpoint.path / RUN_STATE
     if not marker.is_file():
         return {"saved by": "conversion, or another program", "parallel layout": "loads at any"}
-    content = json.loads(marker.read_text())
-    return {
-        "saved by": "training",
-        **content["state"],
-        "parallel layout": content["parallel"],
-    }
+    content = read_json(marker)
+    if not {"state", "parallel"} <= content.keys():
+        raise ValueError(f"{marker}: of another version of this program")
+    return {"saved by": "training", **content["state"], "parallel layout": content["parallel"]}

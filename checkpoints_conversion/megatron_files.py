@@ -28,6 +28,7 @@ from checkpoints_conversion.source import File, Info
 
 COMPLETE = "metadata.json"  # Megatron writes it last
 METADATA = ".metadata"
+MAX_PADDING = 128  # rows of the vocabulary a tensor-parallel rank; Megatron-LM's own padding
 
 
 @dataclass
@@ -77,8 +78,12 @@ class MegatronFiles:
                 target.copy_(wanted)
 
     def check(self) -> None:
-        """Look whether every part of every parameter is there; read does so, too."""
-        assert self._parts
+        """Look whether every part of every parameter is there, as `read` does when it begins.
+
+        Raises:
+            ValueError: one is not.
+        """
+        _ = self._parts
 
     def _find(self, hf_config: PretrainedConfig) -> None:
         """Find every parameter of the model, and nothing else that could be one."""
@@ -95,8 +100,6 @@ class MegatronFiles:
                 self.infos[name] = Info(shape, found.properties.dtype)
                 self._stacks[name] = places[0]
         wanted = {stack.key for places in expected.values() for stack in places}
-        if hf_config.tie_word_embeddings:
-            wanted.discard("output_layer.weight")
         check_names(str(self.path), parameter_keys(keys), wanted)
 
     def _check_shape(
@@ -104,8 +107,8 @@ class MegatronFiles:
     ) -> TensorStorageMetadata:
         found = self.metadata.state_dict_metadata[stack.key]
         expected = (*stack.counts, *shape)
-        has_padding = is_vocabulary and found.size[0] > shape[0]
-        if has_padding:  # of the vocabulary, for a tensor-parallel size
+        num_padding = found.size[0] - shape[0]
+        if is_vocabulary and 0 < num_padding < MAX_PADDING * len(found.chunks):
             expected = (found.size[0], *expected[1:])
         if tuple(found.size) != expected:
             raise ValueError(
@@ -188,8 +191,9 @@ class MegatronFiles:
 
     @cached_property
     def _open(self) -> Mapping[str, File]:
-        names = {s.relative_path for s in self.metadata.storage_data.values()}
-        return {name: File(self.path / name) for name in names if (self.path / name).is_file()}
+        """The files that parameters lie in, and not the optimizer's: those may be very many."""
+        names = {part.storage.relative_path for parts in self._parts.values() for part in parts}
+        return {name: File(self.path / name) for name in names}
 
 
 def check_complete(path: Path) -> None:

@@ -53,7 +53,7 @@ def write(
         RuntimeError: tensors that the model does not have, of another shape, or missing.
     """
     infos = {name: Info(shape, dtype) for name, shape in expected_shapes(hf_config).items()}
-    with new_directory(out) as partial:
+    with new_directory(out, replaces=True) as partial:
         writer, missing = HFWriter(partial, infos, shard_bytes), set(infos)
         for name, tensor in tensors:
             found = Info(tuple(tensor.shape), tensor.dtype)

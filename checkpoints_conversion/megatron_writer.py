@@ -77,11 +77,6 @@ class MegatronWriter:
             for offset, data in pieces:
                 file.write(offset, data)
 
-    @property
-    def num_bytes(self) -> int:
-        """Of all files."""
-        return sum(self._ends)
-
     def write(self, name: str, start: int, rows: Tensor) -> None:
         """Write a parameter's rows from `start` on; safe from several threads."""
         stop = start + len(rows)

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ SPARE_BYTES = 64 << 20  # configuration, tokenizer, metadata
 
 def check_free(out: Path, num_bytes: int) -> None:
     """Raise ValueError where `out` exists or its disk has no room for so many bytes."""
-    if out.exists():
+    if os.path.lexists(out):
         raise ValueError(f"--out: {out} exists; give a new directory, or remove it first")
     parent = next(parent for parent in out.absolute().parents if parent.is_dir())
     needed, free = num_bytes + SPARE_BYTES, shutil.disk_usage(parent).free
@@ -25,20 +26,29 @@ def check_free(out: Path, num_bytes: int) -> None:
 
 
 @contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that becomes `out` at the end, replacing what is there.
+def new_directory(out: Path, *, replaces: bool = False) -> Iterator[Path]:
+    """A directory beside `out` that becomes `out` at the end.
 
-    What an interrupted process left of it is removed first, and an exception removes it again;
-    until the end, nothing of an earlier `out` is touched.
+    What an interrupted process left of it is removed first, and an exception removes it again.
+
+    Args:
+        replaces: an earlier `out`, of which nothing is touched until the end; it may be a link.
 
     Raises:
-        ValueError: it cannot be made or written, or another process is writing it.
+        ValueError: it cannot be made or written, another process is writing it, or something else
+            has its name.
     """
+    out = out.resolve() if replaces else out
     partial = out.with_name(out.name + ".partial")
     lock = _make_and_lock(partial)
     try:
         yield partial
-        _replace(out, partial)
+        if replaces:
+            _replace(out, partial)
+        elif os.path.lexists(out):
+            raise ValueError(f"--out: {out} appeared meanwhile; it was left alone")
+        else:
+            partial.rename(out)
         (out / LOCK).unlink()
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -55,9 +65,8 @@ def _replace(out: Path, new: Path) -> None:
     if not out.exists():
         new.rename(out)
         return
-    old = out.with_name(out.name + ".replaced")
-    shutil.rmtree(old, ignore_errors=True)
-    out.rename(old)
+    old = Path(tempfile.mkdtemp(prefix=out.name + ".replaced-", dir=out.parent))
+    out.rename(old)  # onto the empty directory
     try:
         new.rename(out)
     except BaseException:
@@ -69,8 +78,11 @@ def _replace(out: Path, new: Path) -> None:
 def _make_and_lock(partial: Path) -> int:
     """A new, empty directory that no other process makes: its lock, a file descriptor."""
     path = partial / LOCK
+    is_ours = not partial.is_symlink() and path.is_file()
+    if os.path.lexists(partial) and not is_ours:
+        raise ValueError(f"{partial} is in the way and was not left by a conversion; rename it")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=is_ours)
         lock = os.open(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise ValueError(f"{partial}: cannot be made: {error.strerror}") from error

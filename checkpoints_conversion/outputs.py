@@ -34,7 +34,6 @@ class OutputDifference:
         )
 
 
-@torch.no_grad()
 def compare_outputs(a: Checkpoint, b: Checkpoint, text: str) -> OutputDifference:
     """Run both models in float32 on a text, tokenized by A's tokenizer.
 
@@ -58,6 +57,7 @@ def compare_outputs(a: Checkpoint, b: Checkpoint, text: str) -> OutputDifference
     )
 
 
+@torch.no_grad()
 def logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     """float32 [T, V] for int64 [T]: a Megatron checkpoint's by Megatron-Core itself."""
     if checkpoint.is_megatron:

@@ -145,6 +145,17 @@ def test_names_and_shapes_that_only_one_has(tmp_path: Path, model: Path) -> None
     assert f"shape of {DOWN}: (32, 48) in A, (32, 64) in B" in lines
 
 
+def test_settings_decide_too(model: Path, other: Path) -> None:
+    config = json.loads((other / "config.json").read_text())
+    config |= {"rms_norm_eps": 0.1, "rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
+    (other / "config.json").write_text(json.dumps(config))
+    result = compared(model, other)
+    assert not result.is_equal
+    assert not result.differences
+    first = next(result.lines())
+    assert first.startswith("configurations: rms_norm_eps is 1e-06 and 0.1; rope is {")
+
+
 # outputs
 
 
@@ -208,6 +219,25 @@ def test_what_is_incomplete_is_said_to_be(model: Path, megatron: Path) -> None:
     assert "incomplete checkpoint (no metadata.json)" in found["why"]
     (model / "model.safetensors").unlink()
     assert inspect(model)["complete"] is False
+
+
+def test_a_directory_for_serving_is_looked_at(megatron: Path) -> None:
+    out = megatron.parent / "served"
+    megatron_to_hf(megatron, out, scheme="tensor")
+    found = inspect(out)
+    assert found["complete"] is True
+    assert found["dtypes"]["float8_e4m3fn"] == 14
+    assert found["quantization"]["quant_method"] == "fp8"
+    with pytest.raises(ValueError, match="weights quantized with fp8"):
+        open_checkpoint(out)
+
+
+def test_a_marker_of_another_version(megatron: Path) -> None:
+    for content in ('{"rollout": 3}', "{"):
+        (megatron / "complete.json").write_text(content)
+        found = inspect(megatron)
+        assert found["complete"] is False
+        assert "complete.json" in found["why"]
 
 
 def test_experts_are_counted(tmp_path: Path) -> None:

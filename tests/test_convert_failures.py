@@ -211,15 +211,59 @@ def test_a_checkpoint_without_configuration(hf: Path, megatron: Path) -> None:
 def test_a_checkpoint_of_another_model(
     megatron: Path, model_type: str, changes: dict, words: str
 ) -> None:
+    """By its own configuration, and by its tensors where it has none."""
     other = save_model(megatron.parent / "other", model_type, **changes)
+    with refused(megatron.parent, f"--hf: {other} is not {megatron}'s model: "):
+        megatron_to_hf(megatron, megatron.parent / "out", hf=other)
+    shutil.rmtree(megatron / "hf")
     with refused(megatron.parent, words):
         megatron_to_hf(megatron, megatron.parent / "out", hf=other)
 
 
+def test_a_checkpoint_of_the_same_shapes_with_other_heads(megatron: Path) -> None:
+    other = save_model(
+        megatron.parent / "other", "qwen2", num_attention_heads=2, num_key_value_heads=1
+    )
+    with refused(megatron.parent, "num_heads is 4 and 2; num_kv_heads is 2 and 1; head_dim is 8"):
+        megatron_to_hf(megatron, megatron.parent / "out", hf=other)
+
+
+def test_a_vocabulary_that_no_padding_explains(megatron: Path) -> None:
+    """67 rows for a vocabulary of 40 may be padding; with 300 more they are another model's."""
+    path = megatron.parent
+    hf_to_megatron(save_model(path / "large", "qwen2", vocab_size=400), path / "other")
+    shutil.rmtree(path / "other" / "hf")
+    with refused(path, r"word_embeddings.weight has shape \(400, 32\), but .* makes it \(67, 32"):
+        megatron_to_hf(path / "other", path / "out", hf=path / "hf")
+
+
 def test_a_tied_checkpoint_has_no_head(tmp_path: Path, hf: Path) -> None:
     hf_to_megatron(save_model(tmp_path / "tied", "qwen2", tied=True), tmp_path / "megatron")
+    shutil.rmtree(tmp_path / "megatron" / "hf")
     with refused(tmp_path, "missing weights: output_layer.weight"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "out", hf=hf)
+
+
+def test_a_head_of_its_own_in_a_model_that_ties_it(hf: Path) -> None:
+    change_config(hf, tie_word_embeddings=True)
+    with refused(hf.parent, "ties the head to the embedding, but lm_head.weight is another one"):
+        hf_to_megatron(hf, hf.parent / "out")
+    embedding = load_file(hf / "model.safetensors")["model.embed_tokens.weight"]
+    change(hf, **{"lm_head.weight": embedding.clone()})
+    hf_to_megatron(hf, hf.parent / "out")
+
+
+def test_two_models_in_one_directory(sharded: Path) -> None:
+    other = save_model(sharded.parent / "other", "qwen2", seed=1)
+    shutil.copy(other / "model.safetensors", sharded)
+    with refused(sharded.parent, "holds both model.safetensors and model.safetensors.index.json"):
+        hf_to_megatron(sharded, sharded.parent / "out")
+
+
+def test_weights_in_fp8_whose_configuration_says_nothing(hf: Path) -> None:
+    change(hf, **{DOWN: load_file(hf / "model.safetensors")[DOWN].to(torch.float8_e4m3fn)})
+    with refused(hf.parent, f"{DOWN} is FP8; take the original in bfloat16"):
+        hf_to_megatron(hf, hf.parent / "out")
 
 
 # the disk

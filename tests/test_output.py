@@ -29,15 +29,40 @@ def test_an_earlier_one_is_replaced_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / "deep").mkdir(parents=True)
     (out / "deep" / "file").write_text("earlier")
-    with new_directory(out) as partial:
+    with new_directory(out, replaces=True) as partial:
         (partial / "new").touch()
         assert (out / "deep" / "file").read_text() == "earlier"
     assert names(out) == {"new"}
     assert names(tmp_path) == {"out"}
 
 
+def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "real")
+    for _ in range(2):
+        with new_directory(tmp_path / "out", replaces=True) as partial:
+            (partial / "new").touch()
+        assert (tmp_path / "out").is_symlink()
+        assert names(tmp_path / "out") == {"new"}
+        assert names(tmp_path / "disk") == {"real"}
+
+
+def appear(out: Path) -> None:
+    with new_directory(out):
+        out.mkdir()
+        (out / "thesis").touch()
+
+
+def test_what_appears_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="out appeared meanwhile; it was left alone"):
+        appear(out)
+    assert names(out) == {"thesis"}
+    assert names(tmp_path) == {"out"}
+
+
 def fail(out: Path, error: BaseException) -> None:
-    with new_directory(out) as partial:
+    with new_directory(out, replaces=True) as partial:
         (partial / "deep").mkdir()
         (partial / "deep" / "new").touch()
         raise error
@@ -69,6 +94,7 @@ def test_what_was_killed_is_removed(tmp_path: Path) -> None:
     (leftover / "deep").mkdir(parents=True)
     (leftover / "deep" / "file").touch()
     (leftover / "stale").touch()
+    (leftover / ".lock").touch()  # as conversions leave it
     with new_directory(tmp_path / "out") as partial:
         assert names(partial) == {".lock"}
         (partial / "new").touch()
@@ -77,12 +103,26 @@ def test_what_was_killed_is_removed(tmp_path: Path) -> None:
 
 
 def test_names_beside_it_are_anybodys(tmp_path: Path) -> None:
-    for name in ("out.old", "out.bak", "out2"):
+    others = {"out.old", "out.bak", "out.replaced", "out2"}
+    for name in others:
         (tmp_path / name).mkdir()
     for _ in range(2):
-        with new_directory(tmp_path / "out"):
+        with new_directory(tmp_path / "out", replaces=True):
             pass
-    assert names(tmp_path) == {"out", "out.old", "out.bak", "out2"}
+    assert names(tmp_path) == {"out", *others}
+
+
+def test_what_another_program_left_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis").touch()
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / ".lock").touch()
+    (tmp_path / "other.partial").symlink_to(tmp_path / "precious")
+    for name in ("out", "other"):
+        with pytest.raises(ValueError, match=rf"{name}\.partial is in the way"):
+            new_directory(tmp_path / name).__enter__()
+    assert names(tmp_path / "out.partial") == {"thesis"}
+    assert names(tmp_path / "precious") == {".lock"}
 
 
 def test_a_second_writer_is_refused_and_harms_nothing(tmp_path: Path) -> None:
@@ -153,8 +193,10 @@ def test_a_parent_that_is_not_writable(unwritable: Path) -> None:
 
 
 def test_an_existing_directory_is_not_free(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"--out: {tmp_path} exists; give a new directory"):
-        check_free(tmp_path, 1)
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    for out in (tmp_path, tmp_path / "dangling"):
+        with pytest.raises(ValueError, match=f"--out: {out} exists; give a new directory"):
+            check_free(out, 1)
 
 
 def test_a_disk_without_room(tmp_path: Path) -> None:

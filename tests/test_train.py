@@ -64,7 +64,9 @@ def train(recipe: Path, *overrides: str) -> None:
 def convert(*arguments: object) -> str:
     """`megatron-nft convert`; what it prints."""
     command = [sys.executable, "-m", "megatron_nft", "convert", *map(str, arguments)]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=100, check=True).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, timeout=100, check=True
+    ).stdout
 
 
 def lasting(run_dir: Path) -> list[dict]:

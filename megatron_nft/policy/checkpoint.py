@@ -88,8 +88,15 @@ def latest(directory: Path) -> tuple[Path, RunState] | None:
     """The newest complete checkpoint and the run's state there; None where there is none."""
     if not (complete := _complete(directory)):
         return None
-    content = json.loads((complete[-1] / RUN_STATE).read_text())
-    return complete[-1], RunState(**content["state"])
+    marker = complete[-1] / RUN_STATE
+    try:
+        content = json.loads(marker.read_text())
+        return complete[-1], RunState(**content["state"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{marker}: damaged, or of another version of this program ({error}); "
+            "remove this checkpoint, or begin in another run_dir"
+        ) from error
 
 
 def load(path: Path, policy: Policy) -> None:
