@@ -257,7 +257,8 @@ def prepare(work: Path, operation: Operation, is_cold: bool) -> None:
     files = [path for path in (work / operation.source).rglob("*") if path.is_file()]
     for path in files:
         _drop_from_cache(path) if is_cold else _read(path)
-    _write_to_free_memory(sum(path.stat().st_size for path in files))
+    num_bytes = sum(path.stat().st_size for path in files)
+    _write_to_free_memory(2 * num_bytes if is_cold else num_bytes)
 
 
 def _drop_from_cache(path: Path) -> None:
@@ -273,7 +274,7 @@ def _read(path: Path) -> None:
 
 
 def _write_to_free_memory(num_bytes: int) -> None:
-    """As much as the output takes, one byte a page; no more than is free, the cache stays."""
+    """As output and new cache take, a byte a page; at most what is free: the cache stays."""
     free = 1024 * _number("/proc/meminfo", "MemFree")
     memory = np.empty(min(num_bytes, int(0.9 * free)), np.uint8)
     memory[:: os.sysconf("SC_PAGE_SIZE")] = 1
