@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -127,11 +128,13 @@ class HFWeights:
         self._open[self._files[name]].read(place.offset + start * place.info.row_bytes, out)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The whole tensor."""
-        info = self.infos[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        self.read(name, 0, tensor)
-        return tensor
+        """The whole tensor, mapped: of a shard that is cut out of it, only that is read."""
+        file = self.path / self._files[name]
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: cannot read {name}: {error}") from error
 
     @cached_property
     def _open(self) -> dict[str, File]:
