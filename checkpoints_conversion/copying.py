@@ -111,7 +111,7 @@ def _run(work: Callable[[Piece], None], todo: list[Piece], workers: int) -> None
             return
         try:
             work(piece)
-        except BaseException:
+        except BaseException:  # whatever it is, `future.result` raises it in the caller's thread
             has_failed.set()
             raise
 

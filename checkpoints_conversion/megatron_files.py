@@ -55,7 +55,7 @@ class MegatronFiles:
     def __init__(self, path: Path, hf_config: PretrainedConfig) -> None:
         self.path = path
         self.metadata = read_metadata(path)
-        self.infos: Mapping[str, Info] = {}
+        self.infos: dict[str, Info] = {}
         self._stacks: dict[str, Stack] = {}
         self._find(hf_config)
         self._check_files()

@@ -53,7 +53,7 @@ def new_directory(out: Path, *, replaces: bool = False) -> Iterator[Path]:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ValueError(f"{error.filename or partial}: {error.strerror}") from error
-    except BaseException:
+    except BaseException:  # Ctrl-C too leaves nothing behind
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
@@ -69,7 +69,7 @@ def _replace(out: Path, new: Path) -> None:
     out.rename(old)  # onto the empty directory
     try:
         new.rename(out)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the earlier one has its name again
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
