@@ -1,8 +1,8 @@
 """Tensors in files, read and written a few rows at a time, so that a model's size does not matter.
 
-Files are read with `pread`, not mapped: all of a file is wanted, pages of a mapped one count as this
-process's memory, and the kernel fetches them one small fault after the other. (A live model's rank,
-which wants a part of each tensor, maps them: HFWeights.__getitem__.)
+Files are read with `pread`, not mapped: all of a file is wanted, pages of a mapped one count as
+this process's memory, and the kernel fetches them one small fault after the other. (A live model's
+rank, which wants a part of each tensor, maps them: HFWeights.__getitem__.)
 """
 
 import os
