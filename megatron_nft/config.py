@@ -99,19 +99,40 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
+    """How answers are sampled, and which of them train; memory and lengths are an engine's."""
+
+    engine: str = "colocated"  # in the training processes | remote: vLLM servers
+    num_servers: int = 1  # remote: started by the run, `tensor` GPUs each
+    servers: list[str] = field(default_factory=list)  # remote: http://HOST:PORT of running ones
     questions: int = 512  # mixed groups a rollout trains on
-    questions_asked: int = 1536  # questions asked at a time until there are that many
+    questions_asked: int = 0  # at a time; 0: as many as the measured share of mixed groups needs
     max_asks: int = 10
+    keep_surplus: bool = True  # groups beyond a full batch train the next, if not too old for it
+    finish_fraction: float = 1.0  # of what is asked; the rest is cut off then, and asked again
     on_short_batch: str = "train"  # train | stop: when max_asks did not fill the batch
     answers: int = 16  # K
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: int = 3584
+    max_steps_off_policy: int = 0  # remote: rollouts by which sampling may run ahead of training
+    in_flight_updates: bool = False  # remote: answers begun under old weights go on under new ones
     tensor: int = 1  # ranks an engine
+    quantization: str = "none"  # none | fp8: made anew from each update
     memory_fraction: float = 0.7  # of a GPU, for vLLM
     cpu_kv_cache_gib: int = 1  # on CPU hosts
     max_sequences: int = 256  # at once, per engine
-    drift_warn: float = 0.05  # mean |Δlogp| between trainer and engine
+    start_timeout_s: float = 900.0  # remote: until a server must be ready
+    stall_timeout_s: float = 120.0  # remote: without a token from a server that has questions
+    probe_tolerance: float = 0.0  # mean |Δlogp| of the probe after an update; 0: by dtype
+
+
+@dataclass(frozen=True)
+class DriftConfig:
+    """What to do about log-probabilities that differ between the trainer and the engine."""
+
+    warn: float = 0.05  # mean |Δlogp| of answers sampled by the newest weights
+    stop: float = 0.5
+    importance_cap: float = 0.0  # truncated importance weights min(π_trainer/π_engine, cap); 0: off
 
 
 @dataclass(frozen=True)
@@ -169,6 +190,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    old_logp: str = "trainer"  # by a forward pass | rollout: the engine's own, without that pass
+    drift: DriftConfig = field(default_factory=DriftConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

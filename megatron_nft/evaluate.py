@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megatron_nft.config import Config
 from megatron_nft.rollout.collect import ask
-from megatron_nft.rollout.colocated import ColocatedEngine, Sampling
+from megatron_nft.rollout.engine import Engine, Sampling
 from megatron_nft.rollout.groups import Problem
 from megatron_nft.verify.pool import Verifier
 
@@ -12,7 +12,7 @@ EvaluationSet = tuple[str, Sequence[Problem], int]  # name, problems, answers a 
 
 
 def evaluate(
-    engine: ColocatedEngine,
+    engine: Engine,
     verifier: Verifier | None,
     sets: Sequence[EvaluationSet],
     config: Config,

@@ -27,7 +27,8 @@ from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.step import Policy
 from megatron_nft.problems import load_problems
 from megatron_nft.rollout.collect import QuestionOrder, Tally, ask, collect
-from megatron_nft.rollout.colocated import ColocatedEngine, Sampling
+from megatron_nft.rollout.colocated import ColocatedEngine
+from megatron_nft.rollout.engine import Sampling
 from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
 from megatron_nft.verify.pool import Verifier
 
@@ -145,9 +146,9 @@ class Run(ExitStack):
 
     def hand_over_weights(self) -> None:
         """Stream the policy's weights into the engine, unless it has them; collective."""
-        if self.engine and self.engine.weights_version != self.policy.num_updates:
+        if self.engine and self.engine.version != self.state.rollout:
             weights = stream(self.policy.chunks, self.policy.hf_config)
-            self.engine.load_weights(weights, version=self.policy.num_updates)
+            self.engine.load_weights(weights, version=self.state.rollout)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the held-out sets; collective."""
@@ -227,8 +228,8 @@ def _solution(problem: Problem) -> Group:
     """The data's worked solution, as a group of one right answer."""
     tokens = problem.solution_tokens
     blank = np.zeros(len(tokens), np.float32)
-    answer = Response(tokens, blank, "stop", text="", verdict=Verdict.CORRECT)
-    return Group(problem, (answer,), weights_version=0)
+    answer = Response(tokens, blank, "stop", text="", seed=0, version=0, verdict=Verdict.CORRECT)
+    return Group(problem, (answer,))
 
 
 def _mix(*numbers: int) -> int:

@@ -61,7 +61,7 @@ def one_rollout(run: Run) -> None:
             measured = run.policy.update(minibatch, lr)
         record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
         record_ |= step_statistics(measured, minibatch, config.objective)
-    state = RunState(state.rollout + 1, step, run.order.position)
+    state = run.state = RunState(state.rollout + 1, step, run.order.position)
     record_ |= rollout_statistics(groups, tally, timer) | drifted
     if run.samples or run.evaluates_after(state):
         with timer.phase("weights"):
@@ -91,13 +91,13 @@ def with_old_logp(
     flat = [sequence for sequences in per_group for sequence in sequences]
     logp = run.policy.logp(flat)
     measured = drift(flat, logp)
-    if measured["logp_delta_mean"] > run.config.rollout.drift_warn:
+    if measured["logp_delta_mean"] > run.config.drift.warn:
         logger.warning(
             "trainer and engine differ by %.4f in the mean log-probability, %.4f at most; "
-            "rollout.drift_warn is %.4f",
+            "drift.warn is %.4f",
             measured["logp_delta_mean"],
             measured["logp_delta_max"],
-            run.config.rollout.drift_warn,
+            run.config.drift.warn,
         )
     fresh = iter(replace(s, old_logp=p) for s, p in zip(flat, logp, strict=True))
     return [

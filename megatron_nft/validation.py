@@ -53,7 +53,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.omega": ("uniform", "dr_grpo", "grpo"),
     "objective.ratio": ("token", "sequence"),
     "objective.denominator": ("token_mean", "sequence_mean", "constant"),
+    "rollout.engine": ("colocated", "remote"),
     "rollout.on_short_batch": ("train", "stop"),
+    "rollout.quantization": ("none", "fp8"),
+    "old_logp": ("trainer", "rollout"),
 }
 
 RANGES: dict[str, Range] = {
@@ -77,7 +80,16 @@ RANGES: dict[str, Range] = {
     "objective.clip_high": POSITIVE,
     "objective.constant": POSITIVE,
     "rollout.questions": AT_LEAST_ONE,
-    "rollout.questions_asked": AT_LEAST_ONE,
+    "rollout.num_servers": AT_LEAST_ONE,
+    "rollout.questions_asked": NOT_NEGATIVE,
+    "rollout.finish_fraction": POSITIVE_SHARE,
+    "rollout.max_steps_off_policy": NOT_NEGATIVE,
+    "rollout.start_timeout_s": POSITIVE,
+    "rollout.stall_timeout_s": POSITIVE,
+    "rollout.probe_tolerance": NOT_NEGATIVE,
+    "drift.warn": POSITIVE,
+    "drift.stop": POSITIVE,
+    "drift.importance_cap": NOT_NEGATIVE,
     "rollout.max_asks": AT_LEAST_ONE,
     "rollout.answers": AT_LEAST_ONE,
     "rollout.temperature": POSITIVE,
@@ -87,7 +99,6 @@ RANGES: dict[str, Range] = {
     "rollout.memory_fraction": Range(0, 1, low_open=True, high_open=True),
     "rollout.cpu_kv_cache_gib": AT_LEAST_ONE,
     "rollout.max_sequences": AT_LEAST_ONE,
-    "rollout.drift_warn": POSITIVE,
     "optimizer.lr": POSITIVE,
     "optimizer.betas[]": Range(0, 1, high_open=True),
     "optimizer.eps": POSITIVE,
@@ -219,17 +230,49 @@ def _engine_rules(config: Config) -> Iterator[str]:
     if rollout.top_p != 1:
         may_be = "1: the policy's log-probabilities are those of the whole vocabulary"
         yield _was("rollout.top_p", rollout.top_p, may_be)
-    if rollout.questions_asked * rollout.max_asks < rollout.questions:
-        may_be = f"such that times max_asks = {rollout.max_asks} it reaches rollout.questions"
+    if 0 < rollout.questions_asked * rollout.max_asks < rollout.questions:
+        may_be = f"0, or such that times max_asks = {rollout.max_asks} it reaches rollout.questions"
         may_be += f" = {rollout.questions}"
         yield _was("rollout.questions_asked", rollout.questions_asked, may_be)
-    if config.parallel.num_processes % rollout.tensor:
+    yield from _off_policy_rules(config)
+    if rollout.engine == "colocated" and config.parallel.num_processes % rollout.tensor:
         may_be = f"a divisor of parallel.num_processes = {config.parallel.num_processes}"
         yield _was("rollout.tensor", rollout.tensor, may_be)
     longest = config.data.max_prompt_tokens + rollout.max_response_tokens
     if optimizer.tokens_per_microbatch < longest:
         may_be = f"at least max_prompt_tokens + max_response_tokens = {longest}"
         yield _was("optimizer.tokens_per_microbatch", optimizer.tokens_per_microbatch, may_be)
+
+
+def _off_policy_rules(config: Config) -> Iterator[str]:
+    rollout, steps = config.rollout, config.rollout.max_steps_off_policy
+    for i, address in enumerate(rollout.servers):
+        if not re.fullmatch(r"https?://[^/\s]+:\d+", address):
+            yield _was(f"rollout.servers[{i}]", address, "http://HOST:PORT")
+        if address in rollout.servers[:i]:
+            yield _was(f"rollout.servers[{i}]", address, "an address that is not there already")
+    if rollout.engine == "colocated":
+        for key, value in (
+            ("servers", rollout.servers),
+            ("max_steps_off_policy", steps),
+            ("in_flight_updates", rollout.in_flight_updates),
+        ):
+            if value:
+                yield _was(f"rollout.{key}", value, "given only where rollout.engine is remote")
+    if steps and config.old_logp != "rollout":
+        may_be = "rollout where rollout.max_steps_off_policy is above 0: the weights that sampled "
+        yield _was("old_logp", config.old_logp, may_be + "are gone by then")
+    if steps > 1 and not rollout.in_flight_updates:
+        may_be = "0 or 1, or needs rollout.in_flight_updates=true"
+        yield _was("rollout.max_steps_off_policy", steps, may_be)
+    if rollout.in_flight_updates and not steps:
+        may_be = "false where rollout.max_steps_off_policy is 0: nothing is in flight then"
+        yield _was("rollout.in_flight_updates", True, may_be)
+    if config.drift.importance_cap and config.old_logp != "trainer":
+        may_be = "0 where old_logp is rollout: the ratio is the engine's already"
+        yield _was("drift.importance_cap", config.drift.importance_cap, may_be)
+    if config.drift.stop < config.drift.warn:
+        yield _was("drift.stop", config.drift.stop, f"at least drift.warn = {config.drift.warn}")
 
 
 def _evaluation_rules(config: Config) -> Iterator[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout.collect import QuestionOrder, Tally, collect
-from megatron_nft.rollout.colocated import _seed
+from megatron_nft.rollout.engine import seed_of
 from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
 
 K = 4
@@ -28,11 +28,13 @@ def group(number: int, verdicts: str) -> Group:
             logp=np.zeros(k + 1, np.float32),
             finish="length" if mark == "-" else "stop",
             text="",
+            seed=k,
+            version=0,
             verdict=VERDICTS[mark],
         )
         for k, mark in enumerate(verdicts)
     )
-    return Group(problem(number), responses, weights_version=0)
+    return Group(problem(number), responses)
 
 
 def tally_of(groups: Sequence[Group]) -> Tally:
@@ -212,11 +214,11 @@ def test_going_back_is_possible_too() -> None:
 
 
 def test_every_question_has_a_seed_of_its_own_that_only_the_rollout_and_its_number_decide() -> None:
-    seeds = [_seed(rollout, number) for rollout in (0, 1, 2**64 - 1) for number in range(500)]
+    seeds = [seed_of(rollout, number) for rollout in (0, 1, 2**64 - 1) for number in range(500)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**32 for seed in seeds)
-    assert seeds[:500] == [_seed(0, number) for number in range(500)]
-    assert (_seed(3, 5), _seed(2**64 - 1, 0)) == (3746004709, 2458692877)  # on every machine
+    assert seeds[:500] == [seed_of(0, number) for number in range(500)]
+    assert (seed_of(3, 5), seed_of(2**64 - 1, 0)) == (3746004709, 2458692877)  # on every machine
 
 
 def test_light_to_import() -> None:

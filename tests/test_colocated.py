@@ -33,7 +33,8 @@ def _sample_after_updates(path: Path, tensor: int, num_updates: int) -> list[dic
     from megatron_nft.policy import parallel
     from megatron_nft.policy.packing import Sequence
     from megatron_nft.policy.step import Policy
-    from megatron_nft.rollout.colocated import ColocatedEngine, Sampling
+    from megatron_nft.rollout.colocated import ColocatedEngine
+    from megatron_nft.rollout.engine import Sampling
 
     options = RolloutConfig(max_response_tokens=12, max_sequences=32, temperature=0.7)
     config = Config(
@@ -53,7 +54,9 @@ def _sample_after_updates(path: Path, tensor: int, num_updates: int) -> list[dic
             for parameter in policy.chunks[0].parameters():
                 parameter.mul_(0.97 + 0.02 * version)
         engine.load_weights(stream(policy.chunks, policy.hf_config), version)
-        answered = engine.generate(problems, Sampling(4, 0.7, 1.0, 12, seed=version))
+        answered = engine.generate(
+            problems, [1.0] * len(problems), Sampling(4, 0.7, 1.0, 12, seed=version)
+        )
         flat = [(problems[i], i, k, r) for i, rs in answered for k, r in enumerate(rs)]
         everything: list = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everything, flat)

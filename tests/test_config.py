@@ -101,7 +101,7 @@ def test_overrides_reach_sections_lists_and_whole_lists(tmp_path: Path) -> None:
         ("objective: {name: 3}", ["objective.name was 3 (int)", "a string"]),
         ("objective: {epsilon: '1'}", ["objective.epsilon was '1' (str)", "a number"]),
         ("checkpoint: {check_export: 1}", ["checkpoint.check_export was 1", "true or false"]),
-        ("rollout:", ["rollout was None", "a section with the keys questions,"]),
+        ("rollout:", ["rollout was None", "a section with the keys engine,"]),
         ("rollout: 3", ["rollout was 3 (int)", "a section"]),
         ("evaluate: {sets: a.jsonl}", ["evaluate.sets was 'a.jsonl'", "a list"]),
         ("evaluate: {sets: [a.jsonl]}", ["evaluate.sets[0] was 'a.jsonl'", "a section"]),

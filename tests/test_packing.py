@@ -129,7 +129,7 @@ def test_no_sequences_become_a_row_of_padding(multiple: int) -> None:
 
 def _response(tokens: list[int], verdict: Verdict | None) -> Response:
     logp = -np.array(tokens, np.float32)
-    return Response(np.array(tokens, np.int32), logp, "stop", "", verdict)
+    return Response(np.array(tokens, np.int32), logp, "stop", "", 0, 0, verdict)
 
 
 def test_only_judged_answers_become_sequences() -> None:
@@ -142,7 +142,7 @@ def test_only_judged_answers_become_sequences() -> None:
         _response([], Verdict.WRONG),
         _response([8], Verdict.WRONG),
     )
-    found = sequences_of([Group(problem, responses, weights_version=0)])
+    found = sequences_of([Group(problem, responses)])
     assert [s.response.tolist() for s in found] == [[3, 4], [6], [8]]
     assert [s.correct for s in found] == [True, False, False]
     assert {s.group_accuracy for s in found} == {0.25}  # 1 of the 4 judged

@@ -9,8 +9,8 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.colocated import ColocatedEngine, Sampling
-from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
+from megatron_nft.rollout.engine import Answers, Engine, Sampling
+from megatron_nft.rollout.groups import Group, Problem, Verdict
 from megatron_nft.verify.pool import Verifier
 
 
@@ -98,7 +98,7 @@ def collect(
 
 
 def ask(
-    engine: ColocatedEngine,
+    engine: Engine,
     verifier: Verifier | None,
     problems: Sequence[Problem],
     sampling: Sampling,
@@ -107,11 +107,11 @@ def ask(
 
     Groups that nobody trains on stay where they were sampled; the tally counts them too.
     """
-    answered = engine.generate(problems, sampling)
+    answered = engine.generate(problems, [1.0] * len(problems), sampling)
     tally, mixed = Tally(), []
     if verifier:
         before = Counter(verifier.counts)
-        for index, group in _judge(answered, problems, verifier, engine.weights_version):
+        for index, group in _judge(answered, problems, verifier):
             tally.add(group)
             if group.is_mixed:
                 mixed.append((index, _without_text(group)))
@@ -131,10 +131,7 @@ def _without_text(group: Group) -> Group:
 
 
 def _judge(
-    answered: list[tuple[int, tuple[Response, ...]]],
-    problems: Sequence[Problem],
-    verifier: Verifier,
-    version: int,
+    answered: Answers, problems: Sequence[Problem], verifier: Verifier
 ) -> list[tuple[int, Group]]:
     """Groups of judged responses; an answer that was cut off is wrong without a look at it."""
     asked = [(r.text, problems[i].answer) for i, rs in answered for r in rs if r.finish == "stop"]
@@ -148,7 +145,6 @@ def _judge(
                     replace(r, verdict=next(verdicts) if r.finish == "stop" else Verdict.WRONG)
                     for r in responses
                 ),
-                version,
             ),
         )
         for index, responses in answered

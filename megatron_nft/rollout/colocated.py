@@ -6,7 +6,6 @@ weights in place from an iterator of whole tensors under their Hugging Face name
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,9 @@ from torch import Tensor
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.policy import host
+from megatron_nft.rollout.engine import Answers, Digests, Sampling, seed_of
 from megatron_nft.rollout.groups import Problem, Response
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How answers are drawn; `seed` and a problem's number decide every one of them."""
-
-    answers: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    seed: int
+from megatron_nft.rollout.receiver import RECEIVER
 
 
 class ColocatedEngine:
@@ -63,38 +53,58 @@ class ColocatedEngine:
             **host.vllm_options(max_tokens),
             enable_prefix_caching=True,
             disable_log_stats=True,
+            worker_extension_cls=RECEIVER,
             seed=seed,
         )
         self._stop_ids = _stop_ids(self._llm, tokenizer)
         self.num_engines = dist.get_world_size() // rollout.tensor
         self.number = dist.get_rank() // rollout.tensor
-        self.weights_version = -1
+        self.version = -1
 
     def generate(
-        self, problems: Sequence[Problem], sampling: Sampling
-    ) -> list[tuple[int, tuple[Response, ...]]]:
-        """Answers to this engine's share of the problems: (index into `problems`, K responses).
+        self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling
+    ) -> Answers:
+        """Answers to this engine's share of the problems.
 
-        The share is every num_engines-th problem. The ranks of one engine all get its answers.
+        The ranks of one engine all get its answers.
         """
-        mine = range(self.number, len(problems), self.num_engines)
+        mine = _share(expected, self.number, self.num_engines)
         prompts = [{"prompt_token_ids": problems[i].prompt_tokens.tolist()} for i in mine]
         params = [self._params(sampling, i, len(problems[i].prompt_tokens)) for i in mine]
         with host.suspended():
             outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
-        return [
-            (i, tuple(self._response(completion) for completion in output.outputs))
-            for i, output in zip(mine, outputs, strict=True)
+        answers = [
+            (i, tuple(self._response(c, p.seed) for c in output.outputs))
+            for i, p, output in zip(mine, params, outputs, strict=True)
         ]
+        return sorted(answers, key=lambda answer: answer[0])
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int
+    ) -> dict[str, Digests]:
         """Take new weights in place and forget every cached prefix; consumes the iterator."""
         with host.suspended():
-            self._llm.apply_model(host.pack_experts_anew)
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            self._llm.apply_model(host.repack_tied_head)
+            digests = self._llm.collective_rpc("receive", kwargs={"weights": weights})[0]
             self._llm.reset_prefix_cache()
-        self.weights_version = version
+        self.version = version
+        return {f"engine {self.number}": digests}
+
+    def probe(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """See Engine; every rank of an engine asks it."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
+        prompts = [{"prompt_token_ids": text.tolist()} for text in texts]
+        with host.suspended():
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        found = [
+            np.array(
+                [p[t].logprob for p, t in zip(o.prompt_logprobs[1:], text[1:], strict=True)],
+                np.float32,
+            )
+            for o, text in zip(outputs, texts, strict=True)
+        ]
+        return {f"engine {self.number}": found}
 
     def close(self) -> None:
         """End the engine while the process groups that it made still exist."""
@@ -109,14 +119,14 @@ class ColocatedEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=min(sampling.max_tokens, room),
-            seed=_seed(sampling.seed, number),
+            seed=seed_of(sampling.seed, number),
             stop_token_ids=self._stop_ids,
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
         )
 
-    def _response(self, completion: Any) -> Response:
+    def _response(self, completion: Any, seed: int) -> Response:
         tokens = np.array(completion.token_ids, np.int32)
         logp = np.array(completion.logprobs.logprobs, np.float32)
         assert len(tokens) == len(logp), "vLLM returned another number of log-probabilities"
@@ -127,6 +137,8 @@ class ColocatedEngine:
             logp=logp,
             finish=completion.finish_reason,
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
+            seed=seed + completion.index,
+            version=self.version,
         )
 
 
@@ -144,6 +156,12 @@ def _stop_ids(llm: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
-def _seed(seed: int, number: int) -> int:
-    """A seed for one question that neither engines nor their number have a say in."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint32)[0])
+def _share(expected: Sequence[float], number: int, num_engines: int) -> list[int]:
+    """The problems of one of the engines, longest first: each goes to whom has the least so far."""
+    loads, share = [0.0] * num_engines, []
+    for i in sorted(range(len(expected)), key=lambda i: -expected[i]):
+        least = loads.index(min(loads))
+        loads[least] += expected[i]
+        if least == number:
+            share.append(i)
+    return share

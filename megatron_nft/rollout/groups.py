@@ -27,12 +27,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled answer; `verdict` is None until it has been judged."""
+    """One sampled answer; `verdict` is None until it has been judged.
+
+    With `seed`, the weights of `version` sample it again. A version counts the rollouts that the
+    weights were trained on; where weights changed while it was sampled, it is that of the oldest.
+    """
 
     tokens: np.ndarray  # int32 [T]
     logp: np.ndarray  # float32 [T], of each token as sampled by the engine
     finish: str  # "stop" | "length"
     text: str
+    seed: int
+    version: int
     verdict: Verdict | None = None
 
     @property
@@ -46,11 +52,15 @@ class Response:
 
 @dataclass(frozen=True)
 class Group:
-    """The K answers to one question, sampled by one version of the weights."""
+    """The K answers to one question."""
 
     problem: Problem
     responses: tuple[Response, ...]
-    weights_version: int
+
+    @property
+    def version(self) -> int:
+        """The oldest weights that any token was sampled by."""
+        return min(r.version for r in self.responses)
 
     @property
     def accuracy(self) -> float:

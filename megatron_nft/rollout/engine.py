@@ -1,0 +1,68 @@
+"""What an engine is: it takes weights, shows that it holds them, and answers questions."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from megatron_nft.rollout.groups import Problem, Response
+
+Answers = list[tuple[int, tuple[Response, ...]]]  # index of a problem, its K responses
+Digests = dict[str, str]  # by the tensors' Hugging Face names
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; `seed` and a problem's number decide every one of them.
+
+    `finish_fraction`: once so many of the questions are answered, the rest is cut off.
+    """
+
+    answers: int
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int
+    finish_fraction: float = 1.0
+
+
+class Engine(Protocol):
+    """One or more vLLM engines. `version` is that of the weights they hold, −1 before any came."""
+
+    version: int
+
+    def generate(
+        self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling
+    ) -> Answers:
+        """Answers to the problems that this process is to ask, in the problems' order.
+
+        `expected` is how many tokens each one's answers are likely to have: the longest are asked
+        first. Problems that were cut off are not among the answers.
+        """
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, Tensor]], version: int
+    ) -> dict[str, Digests]:
+        """Take whole tensors in place; what each engine of this process received, by its name.
+
+        Collective: every process consumes its iterator to the end.
+        """
+
+    def probe(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """Log-probabilities (temperature 1) that each engine of this process gives to texts.
+
+        Of every token (int32 [T]) but the first: float32 [T − 1].
+        """
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+def seed_of(seed: int, number: int) -> int:
+    """A seed for one question that neither engines nor their number have a say in.
+
+    vLLM gives a question's k-th answer this seed plus k.
+    """
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint32)[0])
