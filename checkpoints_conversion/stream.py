@@ -1,7 +1,10 @@
 """A live, sharded model as a stream of whole tensors under their Hugging Face names."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +17,9 @@ from transformers import PretrainedConfig
 
 from checkpoints_conversion.families import mappings_for, sizes_of
 from checkpoints_conversion.live import named_parameters, tensor_group
-from checkpoints_conversion.mapping import Mapping
+from checkpoints_conversion.mapping import Mapping, Sizes
+
+BUCKET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -26,25 +31,77 @@ class Home:
     shape: torch.Size
 
 
+@dataclass(frozen=True)
+class Item:
+    """One Megatron parameter and the names of the tensors that it becomes."""
+
+    mapping: Mapping
+    name: str
+    hf_names: tuple[str, ...]
+    home: Home
+
+    @property
+    def route(self) -> tuple[bool, int, int]:
+        """What travels together: expert or not, from the same ranks."""
+        is_expert = self.mapping.is_expert
+        return is_expert, self.home.stage, self.home.expert_rank if is_expert else 0
+
+
 @torch.no_grad()
-def stream(chunks: Sequence[GPTModel], hf_config: PretrainedConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) in the order of the family's table, on every rank.
+def stream(
+    chunks: Sequence[GPTModel], hf_config: PretrainedConfig, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) layer by layer, a layer's in its table's order, on every rank.
 
     Collective: all ranks of the tensor-, pipeline- and expert-parallel groups iterate together, to
-    the end. One parameter at a time is gathered, so that the extra memory is bounded by the
-    largest.
+    the end. Parameters are gathered in buckets of at most `bucket_bytes` of whole tensors (a larger
+    one alone), so that the extra memory is at most twice that, and one joined parameter; a rank
+    that shares its model with none yields its own memory. Tensors may be parts of a bucket, which
+    lives as long as any of them.
     """
     sizes = sizes_of(hf_config)
     parameters = named_parameters(chunks)
     homes = _homes(parameters)
-    like = next(iter(parameters.values()))  # all have one dtype and one device
-    for mapping in mappings_for(hf_config):
-        for name, hf_names in mapping.names(sizes):
-            home = homes[name]
-            mine = parameters.get(name)
-            shard = like.new_empty(home.shape) if mine is None else mine.detach()
-            shards = _gather(_from_home(shard, home, mapping), tensor_group(mapping))
-            yield from zip(hf_names, mapping.join(shards, sizes), strict=True)
+    like = next(iter(parameters.values())).detach()  # all have one dtype and one device
+    items = [
+        Item(mapping, name, hf_names, homes[name])
+        for mapping, name, hf_names in in_layers(mappings_for(hf_config), sizes)
+    ]
+    whole_bytes = [
+        prod(i.home.shape) * tensor_group(i.mapping).size() * like.itemsize for i in items
+    ]
+    for bucket in buckets(whole_bytes, bucket_bytes):
+        shards = _gather_all(items[bucket], parameters, like)
+        for item in items[bucket]:
+            whole = item.mapping.join(shards.pop(item.name), sizes)
+            yield from zip(item.hf_names, whole, strict=True)
+
+
+def in_layers(
+    mappings: Sequence[Mapping], sizes: Sizes
+) -> Iterator[tuple[Mapping, str, tuple[str, ...]]]:
+    """Every parameter's mapping, name and HF names, layer by layer.
+
+    An engine keeps what has come of a layer until it has the whole: not those of all layers.
+    """
+    for has_layers, group in groupby(mappings, key=lambda mapping: "{layer}" in mapping.megatron):
+        rows = [[(mapping, *names) for names in mapping.names(sizes)] for mapping in group]
+        num_layers = sizes.num_layers if has_layers else 1
+        for layer in range(num_layers):
+            for row in rows:
+                num = len(row) // num_layers  # experts
+                yield from row[layer * num : (layer + 1) * num]
+
+
+def buckets(sizes: Sequence[int], limit: int) -> list[slice]:
+    """Consecutive items, as many as fit into `limit` together; a larger one is alone."""
+    starts, filled = [0], 0
+    for i, size in enumerate(sizes):
+        if filled and filled + size > limit:
+            starts.append(i)
+            filled = 0
+        filled += size
+    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
 def _homes(parameters: dict[str, Tensor]) -> dict[str, Home]:
@@ -60,28 +117,66 @@ def _homes(parameters: dict[str, Tensor]) -> dict[str, Home]:
     }
 
 
-def _from_home(shard: Tensor, home: Home, mapping: Mapping) -> Tensor:
+def _gather_all(
+    bucket: Sequence[Item], parameters: dict[str, Tensor], like: Tensor
+) -> dict[str, list[Tensor]]:
+    """The shards of every parameter, by its name: one journey for all that share a route."""
+    routes = defaultdict(list)
+    for item in bucket:
+        routes[item.route].append(item)
+    return dict(chain.from_iterable(_gather(items, parameters, like) for items in routes.values()))
+
+
+def _gather(
+    items: Sequence[Item], parameters: dict[str, Tensor], like: Tensor
+) -> list[tuple[str, list[Tensor]]]:
+    """The shards of parameters of one route."""
+    first, shapes = items[0], [item.home.shape for item in items]
+    lengths = [prod(shape) for shape in shapes]
+    mine = [parameters[i.name].detach().reshape(-1) for i in items if i.name in parameters]
+    group = tensor_group(first.mapping)
+    if group.size() == 1 and not _travels(first.mapping):
+        whole = [[part] for part in mine]
+    else:
+        flat = torch.cat(mine) if len(mine) > 1 else next(iter(mine), None)
+        flat = like.new_empty(sum(lengths)) if flat is None else flat
+        rows = _on_all_shares(_from_home(flat, first), group)
+        whole = list(zip(*(row.split(lengths) for row in rows), strict=True))
+    return [
+        (item.name, [part.view(shape) for part in parts])
+        for item, shape, parts in zip(items, shapes, whole, strict=True)
+    ]
+
+
+def _travels(mapping: Mapping) -> bool:
+    """Whether some rank lacks the parameters of this kind that another has."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    return stages > 1 or (mapping.is_expert and experts > 1)
+
+
+def _from_home(flat: Tensor, item: Item) -> Tensor:
     """The shard of the ranks that hold it, on all: over the stage that it is in, then to others."""
     stages = parallel_state.get_pipeline_model_parallel_group()
-    if mapping.is_expert and stages.rank() == home.stage:
+    if item.mapping.is_expert and stages.rank() == item.home.stage:
         experts = parallel_state.get_expert_model_parallel_group()
-        shard = _broadcast(shard, home.expert_rank, experts)
-    return _broadcast(shard, home.stage, stages)
+        _broadcast(flat, item.home.expert_rank, experts)
+    _broadcast(flat, item.home.stage, stages)
+    return flat
 
 
-def _broadcast(shard: Tensor, source: int, group: ProcessGroup) -> Tensor:
+def _broadcast(flat: Tensor, source: int, group: ProcessGroup) -> None:
     if group.size() > 1:
-        shard = shard.contiguous()
-        dist.broadcast(shard, group=group, group_src=source)
-    return shard
+        dist.broadcast(flat, group=group, group_src=source)
 
 
-def _gather(shard: Tensor, group: ProcessGroup) -> list[Tensor]:
+def _on_all_shares(flat: Tensor, group: ProcessGroup) -> tuple[Tensor, ...]:
+    """All tensor-parallel ranks' [n], in their order."""
     if group.size() == 1:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard.contiguous(), group=group)
-    return shards
+        return (flat,)
+    gathered = flat.new_empty(group.size() * len(flat))
+    dist.all_gather_into_tensor(gathered, flat, group=group)
+    return gathered.chunk(group.size())
 
 
 def _on_every_rank(value: Any, group: ProcessGroup) -> list[Any]:

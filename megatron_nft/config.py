@@ -114,7 +114,7 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_response_tokens: int = 3584
-    max_steps_off_policy: int = 0  # remote: rollouts by which sampling may run ahead of training
+    max_steps_off_policy: int = 0  # rollouts by which what samples may be older than what trains
     in_flight_updates: bool = False  # remote: answers begun under old weights go on under new ones
     tensor: int = 1  # ranks an engine
     quantization: str = "none"  # none | fp8: made anew from each update
@@ -174,6 +174,7 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LoggingConfig:
     tensorboard: bool = True
+    answers_every: int = 0  # rollouts: what they trained on, as rollouts/rollout_N.parquet; 0: none
     wandb_project: str = ""  # empty: off
     wandb_name: str = ""
 

@@ -30,7 +30,7 @@ def evaluate(
             max_tokens=config.rollout.max_response_tokens,
             seed=config.seed,
         )
-        _, tally = ask(engine, verifier, problems, sampling)
+        tally = ask(engine, verifier, problems, [1.0] * len(problems), sampling).tally
         seen = tally.metrics()
         metrics[f"eval/{name}/accuracy"] = seen.pop("accuracy_all")
         metrics[f"eval/{name}/num_questions"] = tally.num_groups

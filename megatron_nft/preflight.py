@@ -24,6 +24,12 @@ CHANGEABLE = (
     "verify.",
     "memory.",
     "rollout.memory_fraction",
+    "rollout.num_servers",
+    "rollout.servers",
+    "rollout.start_timeout_s",
+    "rollout.stall_timeout_s",
+    "drift.warn",
+    "drift.stop",
 )
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -140,7 +146,9 @@ def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
 
 def check_engine_layout(config: Config, hf_config: PretrainedConfig, num_processes: int) -> None:
     """The engines' ranks must divide the processes and the model's heads."""
-    numbers = {"processes": num_processes, "attention heads": hf_config.num_attention_heads}
+    numbers = {"attention heads": hf_config.num_attention_heads}
+    if config.rollout.engine == "colocated":
+        numbers["processes"] = num_processes
     for what, number in numbers.items():
         if number % config.rollout.tensor:
             raise ValueError(

@@ -24,11 +24,13 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     from megatron_nft.preflight import check  # seconds of imports, for a recipe that is right
 
     num_processes = num_processes_of(config)
-    if 0 < num_gpus() < num_processes:
+    num_served = num_server_gpus(config)
+    if 0 < num_gpus() < num_processes + num_served:
+        servers = f" and {num_served} GPUs for servers" if num_served else ""
         raise ValueError(
-            f"the recipe's layout needs {num_processes} processes, but this host has "
+            f"the recipe's layout needs {num_processes} processes{servers}, but this host has "
             f"{num_gpus()} GPUs; lower parallel.tensor, parallel.pipeline, parallel.context, "
-            "parallel.expert or parallel.num_processes"
+            "parallel.expert, parallel.num_processes or rollout.num_servers"
         )
     check(config, num_processes)
     logs = Path(config.run_dir) / "logs"
@@ -46,10 +48,20 @@ def run(path: Path, overrides: Sequence[str]) -> int:
 
 
 def num_processes_of(config: Config) -> int:
-    """As many processes as the recipe says; else one a GPU, or the least that the layout needs."""
+    """As many processes as the recipe says; else one a GPU that no server has, or the least that
+    the layout needs.
+    """
     parallel = config.parallel
     least = parallel.least_processes
-    return parallel.num_processes or max(least, num_gpus() // least * least)
+    num_free = num_gpus() - num_server_gpus(config)
+    return parallel.num_processes or max(least, num_free // least * least)
+
+
+def num_server_gpus(config: Config) -> int:
+    """GPUs of this machine that the run's own vLLM servers take."""
+    rollout = config.rollout
+    starts_servers = rollout.engine == "remote" and not rollout.servers
+    return rollout.num_servers * rollout.tensor if starts_servers else 0
 
 
 def num_gpus() -> int:

@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 from checkpoints_conversion import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
-from checkpoints_conversion.stream import stream
 from megatron_nft import recipe
 from megatron_nft.config import Config, SourceConfig
 from megatron_nft.evaluate import evaluate
@@ -26,10 +25,16 @@ from megatron_nft.policy import checkpoint
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.step import Policy
 from megatron_nft.problems import load_problems
-from megatron_nft.rollout.collect import QuestionOrder, Tally, ask, collect
+from megatron_nft.rollout import saving
+from megatron_nft.rollout.ahead import Ahead
+from megatron_nft.rollout.collect import Asked, Batch, Collector, ask
 from megatron_nft.rollout.colocated import ColocatedEngine
-from megatron_nft.rollout.engine import Sampling
+from megatron_nft.rollout.engine import Engine, Sampling
 from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
+from megatron_nft.rollout.handover import hand_over
+from megatron_nft.rollout.questions import QuestionOrder
+from megatron_nft.rollout.records import write_groups
+from megatron_nft.rollout.remote import RemoteEngine
 from megatron_nft.verify.pool import Verifier
 
 logger = logging.getLogger("megatron_nft")
@@ -49,6 +54,7 @@ class Run(ExitStack):
         self.verifier = self._start_verifier()
         self.problems = [p for source in config.data.train for p in self._load(source)]
         self.order = QuestionOrder(self.problems, config.seed)
+        self.collector = Collector(self.order, config.rollout)
         self.eval_sets = [
             (s.name or Path(s.path).stem, self._load(s), s.samples) for s in config.evaluate.sets
         ]
@@ -56,11 +62,12 @@ class Run(ExitStack):
         fill = partial(hf_to_megatron.load, path=path, hf_config=hf_config)
         self.policy = Policy(config, hf_config, fill)
         checkpoint.check(self.policy)
+        self.ahead = Ahead(self._batch)
+        self.callback(self.ahead.close)
         self.state = self._resume()
         with self.policy.memory_lent():
             self.engine = self._start_engine() if self.samples or self.eval_sets else None
-        if self.engine:
-            self.hand_over_weights()
+        self.sampled: dict[str, float] = {}  # metrics of the engine since they were last logged
         self._start_log()
 
     @property
@@ -92,33 +99,64 @@ class Run(ExitStack):
             )
         return loaded.problems
 
-    def collect(self) -> tuple[list[Group], Tally | None]:
+    def collect(self) -> Batch:
         """The groups of one rollout: sampled, judged and counted, or the data's solutions."""
-        options = self.config.rollout
         if not self.samples:
-            return [_solution(p) for p in self.order.take(options.questions)], None
-        with self.policy.memory_lent():
-            groups, tally = collect(self._ask, self.order.take, options)
-        self._check_verifier("rollout", tally.metrics()["unverifiable_rate"])
-        return groups, tally
+            groups = [_solution(p) for p in self.order.take(self.config.rollout.questions)]
+            return Batch(groups, None)
+        batch = self._collect_here() if self.engine.is_collective else self._collect_ahead()
+        self._check_verifier("rollout", batch.tally.metrics().get("unverifiable_rate", 0.0))
+        return batch
 
-    def _ask(self, problems: Sequence[Problem], attempt: int) -> tuple[list[Group], Tally]:
+    def _collect_here(self) -> Batch:
+        """The batch of every process's own engine, which sleeps before and after."""
+        with self._sampling(), self.timer.phase("rollout"):
+            return self._batch(self.state.rollout)
+
+    def _collect_ahead(self) -> Batch:
+        """The batch that rank 0 gets from the servers; those after it are begun meanwhile.
+
+        Without in-flight updates the servers take new weights between two batches: what a rollout
+        trains on was sampled by the weights of `max_steps_off_policy` rollouts before, exactly.
+        """
+        rollout, options = self.state.rollout, self.config.rollout
+        if options.in_flight_updates or not on_main(lambda: rollout in self.ahead):
+            self.hand_over_weights()
+        with self.timer.phase("rollout"):
+            batch = on_main(lambda: self.ahead.take(rollout))
+        last = min(rollout + options.max_steps_off_policy, self.config.rollouts - 1)
+        if rollout < last:
+            self.hand_over_weights()
+        for later in range(rollout + 1, last + 1):
+            if self.is_main:
+                self.ahead.start(later)
+        return batch
+
+    def _batch(self, rollout: int) -> Batch:
+        oldest = rollout - self.config.rollout.max_steps_off_policy
+        return self.collector.batch(partial(self._ask, rollout), oldest)
+
+    def _ask(
+        self, rollout: int, problems: Sequence[Problem], expected: Sequence[float], attempt: int
+    ) -> Asked:
         options = self.config.rollout
         sampling = Sampling(
             answers=options.answers,
             temperature=options.temperature,
             top_p=options.top_p,
             max_tokens=options.max_response_tokens,
-            seed=_mix(self.config.seed, self.state.rollout, attempt),
+            seed=_mix(self.config.seed, rollout, attempt),
+            finish_fraction=options.finish_fraction,
         )
-        return ask(self.engine, self.verifier, problems, sampling)
+        return ask(self.engine, self.verifier, problems, expected, sampling)
 
     def _start_verifier(self) -> Verifier | None:
         """Judges only where answers arrive; the cores of a machine are shared by its processes."""
-        if dist.get_rank() % self.config.rollout.tensor:
+        is_remote = self.config.rollout.engine == "remote"
+        if dist.get_rank() % (dist.get_world_size() if is_remote else self.config.rollout.tensor):
             return None
         options = self.config.verify
-        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_local = 1 if is_remote else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         num_workers = options.workers or max(1, len(os.sched_getaffinity(0)) // num_local)
         return self.enter_context(Verifier(replace(options, workers=num_workers)))
 
@@ -131,9 +169,10 @@ class Run(ExitStack):
 
     # engine
 
-    def _start_engine(self) -> ColocatedEngine:
-        config = self.config
-        engine = ColocatedEngine(
+    def _start_engine(self) -> Engine:
+        config, is_remote = self.config, self.config.rollout.engine == "remote"
+        kind = partial(RemoteEngine, run_dir=self.directory) if is_remote else ColocatedEngine
+        engine = kind(
             Path(config.model.path),
             self.tokenizer,
             config.rollout,
@@ -144,16 +183,31 @@ class Run(ExitStack):
         self.callback(engine.close)
         return engine
 
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """The engine with the newest weights, on memory that the policy lends it."""
+        with self.policy.memory_lent():
+            self.hand_over_weights()
+            yield
+            self.sampled |= self.engine.sleep()
+
     def hand_over_weights(self) -> None:
-        """Stream the policy's weights into the engine, unless it has them; collective."""
-        if self.engine and self.engine.version != self.state.rollout:
-            weights = stream(self.policy.chunks, self.policy.hf_config)
-            self.engine.load_weights(weights, version=self.state.rollout)
+        """Give the engine the policy's weights, unless it has them, and have it prove that it has.
+
+        Collective.
+        """
+        if self.engine.version == self.state.rollout:
+            return
+        with self.timer.phase("weights"):
+            self.sampled |= hand_over(self.policy, self.engine, self.state.rollout)
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy on the held-out sets; collective."""
-        with self.policy.memory_lent():
-            metrics = evaluate(self.engine, self.verifier, self.eval_sets, self.config)
+        """Accuracy on the held-out sets, by the newest weights; collective."""
+        if self.is_main:
+            self.ahead.settle()
+        evaluated = partial(evaluate, self.engine, self.verifier, self.eval_sets, self.config)
+        with self._sampling(), self.timer.phase("evaluate"):
+            metrics = evaluated() if self.engine.is_collective else on_main(evaluated)
         for key, value in metrics.items():
             if key.endswith("/unverifiable_rate"):
                 self._check_verifier(key, value)
@@ -171,6 +225,10 @@ class Run(ExitStack):
         checkpoint.load(path, self.policy)
         self.policy.num_updates = state.step
         self.order.position = state.position
+        if self.samples:
+            problems = {problem.id: problem for problem in self.problems}
+            for rollout, batch in saving.load(path, self.collector, problems).items():
+                self.ahead.put(rollout, batch)
         if self.is_main:
             logger.warning("resuming from %s", path)
         return state
@@ -193,6 +251,19 @@ class Run(ExitStack):
             self._log = MetricsLog(self.directory, self.config.logging, last)
             self.enter_context(self._log)
 
+    def keep_answers(self, batch: Batch) -> None:
+        """Write what a rollout trains on, where the recipe asks for it."""
+        every, rollout = self.config.logging.answers_every, self.state.rollout + 1
+        if self.is_main and every and rollout % every == 0:
+            folder = self.directory / "rollouts"
+            folder.mkdir(exist_ok=True)
+            write_groups(folder / f"rollout_{rollout}.parquet", batch.groups)
+
+    def engine_metrics(self) -> dict[str, float]:
+        """What the engine said of itself since the last call."""
+        found, self.sampled = self.sampled, {}
+        return found
+
     def log(self, record: dict[str, Any]) -> None:
         """Append a step's record to the run's metrics, and show how it goes."""
         if not self._log:
@@ -210,8 +281,14 @@ class Run(ExitStack):
         return good or self.state.rollout >= self.config.rollouts
 
     def save(self) -> None:
+        """Write a checkpoint; waits for what is being sampled."""
+        waiting = self.ahead.settle()
         checkpoint.save(
-            self.directory / "checkpoints", self.policy, self.state, self.config.checkpoint.keep
+            self.directory / "checkpoints",
+            self.policy,
+            replace(self.state, position=self.order.position),
+            self.config.checkpoint.keep,
+            add=partial(saving.save, collector=self.collector, ahead=waiting),
         )
 
     def export(self) -> None:
@@ -230,6 +307,20 @@ def _solution(problem: Problem) -> Group:
     blank = np.zeros(len(tokens), np.float32)
     answer = Response(tokens, blank, "stop", text="", seed=0, version=0, verdict=Verdict.CORRECT)
     return Group(problem, (answer,))
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What rank 0 gets from a function, on every rank; a RuntimeError there is raised on all."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except RuntimeError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise RuntimeError(outcome[1])
+    return outcome[0]
 
 
 def _mix(*numbers: int) -> int:

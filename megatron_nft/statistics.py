@@ -8,8 +8,8 @@ import numpy as np
 from megatron_nft.config import ObjectiveConfig
 from megatron_nft.metrics import PhaseTimer, peak_memory_gib
 from megatron_nft.policy.packing import Sequence
-from megatron_nft.rollout.collect import Tally
 from megatron_nft.rollout.groups import Group
+from megatron_nft.rollout.tally import Tally
 
 QUANTILES = {"ratio_q01": 0.01, "ratio_q50": 0.5, "ratio_q99": 0.99, "ratio_max": 1.0}
 
@@ -37,9 +37,15 @@ def step_statistics(
 
 
 def rollout_statistics(
-    groups: Seq[tuple[Group, Seq[Sequence]]], tally: Tally | None, timer: PhaseTimer
+    groups: Seq[tuple[Group, Seq[Sequence]]],
+    tally: Tally | None,
+    timer: PhaseTimer,
+    version: int,
 ) -> dict[str, float]:
-    """How fast a rollout was trained on, and what its answers were like if they were sampled."""
+    """How fast a rollout was trained on, and what its answers were like if they were sampled.
+
+    `version` is that of the policy before it.
+    """
     tokens = sum(len(s.response) for _, sequences in groups for s in sequences)
     found = {
         "tokens_trained": tokens,
@@ -52,6 +58,7 @@ def rollout_statistics(
     return (
         found
         | tally.metrics()
+        | staleness([group for group, _ in groups], version)
         | {
             "tokens_sampled": tally.num_tokens,
             "accuracy_kept": float(np.mean(accuracies)),
@@ -65,7 +72,10 @@ def mean_accuracy(record: dict[str, Any]) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
-def drift(sequences: Seq[Sequence], logp: Seq[np.ndarray]) -> dict[str, float]:
-    """|Δlogp| between the trainer and the engine that sampled, over all tokens."""
-    deltas = np.concatenate([np.abs(s.logp - p) for s, p in zip(sequences, logp, strict=True)])
-    return {"logp_delta_mean": float(deltas.mean()), "logp_delta_max": float(deltas.max())}
+def staleness(groups: Seq[Group], version: int) -> dict[str, float]:
+    """By how many rollouts the weights that sampled are older than those that are trained."""
+    steps = [version - r.version for group in groups for r in group.responses]
+    return {
+        "steps_off_policy_mean": float(np.mean(steps)),
+        "steps_off_policy_max": max(steps),
+    }

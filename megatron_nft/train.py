@@ -13,7 +13,6 @@ Run as `torchrun … -m megatron_nft.train RECIPE.yaml [key=value …]`, or let 
 start the processes.
 """
 
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,16 +21,14 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from megatron_nft import preflight, recipe
+from megatron_nft import old_logp, preflight, recipe
 from megatron_nft.config import Config
 from megatron_nft.policy import fp8, parallel
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.packing import Sequence, sequences_of
 from megatron_nft.rollout.groups import Group
 from megatron_nft.run import Run
-from megatron_nft.statistics import drift, mean_accuracy, rollout_statistics, step_statistics
-
-logger = logging.getLogger("megatron_nft")
+from megatron_nft.statistics import mean_accuracy, rollout_statistics, step_statistics
 
 
 def train(config: Config) -> None:
@@ -45,12 +42,12 @@ def train(config: Config) -> None:
 
 
 def one_rollout(run: Run) -> None:
-    """Sample, judge, update, hand over the weights; evaluate and save when due."""
+    """Sample, judge, update; evaluate and save when due."""
     config, timer, state = run.config, run.timer, run.state
-    with timer.phase("rollout"):
-        groups, tally = run.collect()
+    batch = run.collect()
+    run.keep_answers(batch)
     with timer.phase("old_logp"):
-        groups, drifted = with_old_logp(run, groups)
+        groups, drift = with_old_logp(run, batch.groups)
     step, record_ = state.step, {}
     for minibatch in minibatches(groups, config):
         if record_:
@@ -59,19 +56,19 @@ def one_rollout(run: Run) -> None:
         lr = learning_rate(config, step)
         with timer.phase("update"):
             measured = run.policy.update(minibatch, lr)
+        if step == state.step + 1 and run.samples and config.old_logp == "rollout":
+            drift = old_logp.of_update(measured["log_ratio"], minibatch, state.rollout)
+            old_logp.act_on(drift, config.drift)
         record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
         record_ |= step_statistics(measured, minibatch, config.objective)
-    state = run.state = RunState(state.rollout + 1, step, run.order.position)
-    record_ |= rollout_statistics(groups, tally, timer) | drifted
-    if run.samples or run.evaluates_after(state):
-        with timer.phase("weights"):
-            run.hand_over_weights()
+    record_ |= rollout_statistics(groups, batch.tally, timer, state.rollout) | drift
+    state = run.state = RunState(state.rollout + 1, step)
     if run.evaluates_after(state):
-        with timer.phase("evaluate"):
-            record_ |= run.evaluate()
+        record_ |= run.evaluate()
     run.state = replace(state, accuracy=mean_accuracy(record_))
+    seconds = {f"seconds/{name}": s for name, s in timer.seconds().items()}
     # the record before the checkpoint: a resumed run can cut a record, but not make up for one
-    run.log(record_ | {f"seconds/{name}": s for name, s in timer.seconds().items()})
+    run.log(record_ | run.engine_metrics() | seconds)
     timer.reset()
     if run.saves_after(run.state):
         with timer.phase("checkpoint"):  # counted with the next rollout
@@ -81,29 +78,15 @@ def one_rollout(run: Run) -> None:
 def with_old_logp(
     run: Run, groups: list[Group]
 ) -> tuple[list[tuple[Group, list[Sequence]]], dict[str, float]]:
-    """The groups as the policy sees them, with its own log-probabilities as the old ones.
-
-    Also how far the sampling engine's log-probabilities are from them.
-    """
-    per_group = [sequences_of([group]) for group in groups]
-    if run.config.objective.name == "sft":  # takes no ratio
-        return list(zip(groups, per_group, strict=True)), {}
-    flat = [sequence for sequences in per_group for sequence in sequences]
-    logp = run.policy.logp(flat)
-    measured = drift(flat, logp)
-    if measured["logp_delta_mean"] > run.config.drift.warn:
-        logger.warning(
-            "trainer and engine differ by %.4f in the mean log-probability, %.4f at most; "
-            "drift.warn is %.4f",
-            measured["logp_delta_mean"],
-            measured["logp_delta_max"],
-            run.config.drift.warn,
-        )
-    fresh = iter(replace(s, old_logp=p) for s, p in zip(flat, logp, strict=True))
-    return [
-        (group, [next(fresh) for _ in sequences])
-        for group, sequences in zip(groups, per_group, strict=True)
-    ], measured
+    """The groups as the policy sees them, and how far the engine is from it if that is known."""
+    per_group, drift = [sequences_of([group]) for group in groups], {}
+    if run.samples and run.config.old_logp == "trainer":
+        flat = [sequence for sequences in per_group for sequence in sequences]
+        flat, drift = old_logp.by_trainer(run.policy, flat, run.config.drift)
+        old_logp.act_on(drift, run.config.drift)
+        fresh = iter(flat)
+        per_group = [[next(fresh) for _ in sequences] for sequences in per_group]
+    return list(zip(groups, per_group, strict=True)), drift
 
 
 def minibatches(

@@ -118,6 +118,7 @@ RANGES: dict[str, Range] = {
     "evaluate.stop_at_accuracy": SHARE,
     "checkpoint.every": NOT_NEGATIVE,
     "checkpoint.keep": AT_LEAST_ONE,
+    "logging.answers_every": NOT_NEGATIVE,
 }
 
 REQUIRED = {
@@ -252,17 +253,13 @@ def _off_policy_rules(config: Config) -> Iterator[str]:
         if address in rollout.servers[:i]:
             yield _was(f"rollout.servers[{i}]", address, "an address that is not there already")
     if rollout.engine == "colocated":
-        for key, value in (
-            ("servers", rollout.servers),
-            ("max_steps_off_policy", steps),
-            ("in_flight_updates", rollout.in_flight_updates),
-        ):
-            if value:
+        for key in ("servers", "in_flight_updates"):
+            if value := getattr(rollout, key):
                 yield _was(f"rollout.{key}", value, "given only where rollout.engine is remote")
     if steps and config.old_logp != "rollout":
         may_be = "rollout where rollout.max_steps_off_policy is above 0: the weights that sampled "
         yield _was("old_logp", config.old_logp, may_be + "are gone by then")
-    if steps > 1 and not rollout.in_flight_updates:
+    if steps > 1 and rollout.engine == "remote" and not rollout.in_flight_updates:
         may_be = "0 or 1, or needs rollout.in_flight_updates=true"
         yield _was("rollout.max_steps_off_policy", steps, may_be)
     if rollout.in_flight_updates and not steps:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from toys import random_sequences
+from toys import random_sequences, weighted
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_nft.config import ObjectiveConfig
@@ -21,7 +21,9 @@ Tensors = dict[str, np.ndarray]  # by the Hugging Face name of the parameter
 
 
 @cache
-def reference(path: Path, objective: ObjectiveConfig, num_sequences: int = 13) -> dict[str, Any]:
+def reference(
+    path: Path, objective: ObjectiveConfig, num_sequences: int = 13, is_weighted: bool = False
+) -> dict[str, Any]:
     """Log-probabilities, loss, gradient and its norm, and the weights after a step of AdamW."""
     sequences = random_sequences(num_sequences)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -30,6 +32,9 @@ def reference(path: Path, objective: ObjectiveConfig, num_sequences: int = 13) -
     )
     logp = [_logp(model, s) for s in sequences]
     losses = [_losses(p, s, objective) for p, s in zip(logp, sequences, strict=True)]
+    if is_weighted:
+        weights = [torch.from_numpy(s.importance) for s in weighted(sequences)]
+        losses = [w * loss for w, loss in zip(weights, losses, strict=True)]
     loss = {
         "token_mean": lambda: torch.cat(losses).mean(),
         "sequence_mean": lambda: torch.stack([x.mean() for x in losses]).mean(),
@@ -48,6 +53,13 @@ def reference(path: Path, objective: ObjectiveConfig, num_sequences: int = 13) -
     }
 
 
+@torch.no_grad()
+def reference_logp(path: Path, temperature: float) -> list[np.ndarray]:
+    """The sequences' log-probabilities at a temperature."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return [_logp(model, s, temperature).numpy() for s in random_sequences(13)]
+
+
 def _as_in_files(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> Tensors:
     """Values of all parameters: transformers has a layer's experts in one, files hold each."""
     with TemporaryDirectory() as folder:
@@ -55,9 +67,9 @@ def _as_in_files(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> Ten
         return {n: v.numpy() for n, v in load_file(Path(folder) / "model.safetensors").items()}
 
 
-def _logp(model: torch.nn.Module, s: Sequence) -> torch.Tensor:
+def _logp(model: torch.nn.Module, s: Sequence, temperature: float = 1.0) -> torch.Tensor:
     tokens = torch.from_numpy(np.concatenate([s.prompt, s.response]).astype(np.int64))
-    logits = model(tokens[None]).logits[0, len(s.prompt) - 1 : -1]
+    logits = model(tokens[None]).logits[0, len(s.prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, tokens[len(s.prompt) :, None])[:, 0]
 
 

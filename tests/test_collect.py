@@ -3,14 +3,18 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.collect import QuestionOrder, Tally, collect
+from megatron_nft.rollout.collect import Asked, Collector
+from megatron_nft.rollout.colocated import _share
 from megatron_nft.rollout.engine import seed_of
 from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
+from megatron_nft.rollout.questions import Experience, QuestionOrder
+from megatron_nft.rollout.tally import Tally
 
 K = 4
 VERDICTS = {"+": Verdict.CORRECT, "-": Verdict.WRONG, "?": Verdict.UNVERIFIABLE}
@@ -20,7 +24,7 @@ def problem(number: int) -> Problem:
     return Problem(str(number), np.array([number], np.int32), "1", "toy")
 
 
-def group(number: int, verdicts: str) -> Group:
+def group(number: int, verdicts: str, version: int = 0) -> Group:
     """A group from `+`, `-` and `?`; the k-th answer has k + 1 tokens, wrong ones were cut off."""
     responses = tuple(
         Response(
@@ -29,7 +33,7 @@ def group(number: int, verdicts: str) -> Group:
             finish="length" if mark == "-" else "stop",
             text="",
             seed=k,
-            version=0,
+            version=version,
             verdict=VERDICTS[mark],
         )
         for k, mark in enumerate(verdicts)
@@ -45,67 +49,122 @@ def tally_of(groups: Sequence[Group]) -> Tally:
 
 
 class Sampler:
-    """Questions 0, 1, 2, … of which `verdicts[number % len]` says how they are answered."""
+    """Questions 0, 1, 2, … of which `verdicts[number % len]` says how they are answered.
 
-    def __init__(self, *verdicts: str) -> None:
-        self.verdicts, self.attempts, self.position = verdicts, [], 0
+    Of every ask the `cut` last are not answered.
+    """
 
-    def ask(self, problems: Sequence[Problem], attempt: int) -> tuple[list[Group], Tally]:
-        self.attempts.append((attempt, len(problems)))
-        groups = [group(int(p.id), self.verdicts[int(p.id) % len(self.verdicts)]) for p in problems]
-        return groups, tally_of(groups)
+    def __init__(self, *verdicts: str, cut: int = 0, version: int = 0, **changes: Any) -> None:
+        self.verdicts, self.asked, self.num_cut, self.version = verdicts, [], cut, version
+        problems = [problem(n) for n in range(10_000)]
+        self.collector = Collector(InOrder(problems, seed=0), options(**changes))
 
-    def take(self, num: int) -> list[Problem]:
-        self.position += num
-        return [problem(n) for n in range(self.position - num, self.position)]
+    def ask(self, problems: Sequence[Problem], expected: Sequence[float], attempt: int) -> Asked:
+        self.asked.append(ids(problems))
+        assert len(expected) == len(problems)
+        assert attempt == len(self.asked) - 1
+        answered = problems[: len(problems) - self.num_cut]
+        groups = [
+            group(int(p.id), self.verdicts[int(p.id) % len(self.verdicts)], self.version)
+            for p in answered
+        ]
+        mixed = [each for each in groups if each.is_mixed]
+        return Asked(mixed, tally_of(groups), list(problems[len(answered) :]))
+
+    def batch(self, oldest: int = 0) -> tuple[list[int], Tally]:
+        self.asked = []
+        batch = self.collector.batch(self.ask, oldest)
+        return ids([each.problem for each in batch.groups]), batch.tally
 
 
-def options(**changes: int | str) -> RolloutConfig:
+class InOrder(QuestionOrder):
+    """Questions as they come."""
+
+    def _at(self, position: int) -> Problem:
+        return self._problems[position % len(self._problems)]
+
+
+def options(**changes: Any) -> RolloutConfig:
     return RolloutConfig(**{"questions": 4, "questions_asked": 6, "max_asks": 3} | changes)
 
 
-# collect
+def ids(problems: Sequence[Problem]) -> list[int]:
+    return [int(p.id) for p in problems]
+
+
+# Collector
 
 
 def test_mixed_groups_are_kept_in_the_order_of_the_questions() -> None:
-    sampler = Sampler("++++", "+---", "----", "+-?-", "????", "+++?")
-    groups, tally = collect(sampler.ask, sampler.take, options(questions=3))
-    assert [int(g.problem.id) for g in groups] == [1, 3, 7]
-    assert sampler.attempts == [(0, 6), (1, 6)]
+    sampler = Sampler("++++", "+---", "----", "+-?-", "????", "+++?", questions=3)
+    groups, tally = sampler.batch()
+    assert groups == [1, 3, 7]
+    assert sampler.asked == [[*range(6)], [*range(6, 12)]]
     assert tally.num_groups == 12
     assert tally.num_mixed == 4  # one more than the batch holds
 
 
-def test_it_stops_when_the_batch_is_full_and_cuts_what_is_over() -> None:
+def test_it_stops_when_the_batch_is_full() -> None:
     sampler = Sampler("+-+-")
-    groups, tally = collect(sampler.ask, sampler.take, options())
-    assert [int(g.problem.id) for g in groups] == [0, 1, 2, 3]
-    assert len(sampler.attempts) == 1
+    groups, tally = sampler.batch()
+    assert groups == [0, 1, 2, 3]
+    assert len(sampler.asked) == 1
     assert tally.num_groups == 6
-    assert sampler.position == 6  # surplus questions are spent, as in the official code
+
+
+def test_surplus_trains_the_next_batch_if_it_is_not_too_old() -> None:
+    sampler = Sampler("+-+-", version=5)
+    assert sampler.batch(oldest=4)[0] == [0, 1, 2, 3]
+    groups, tally = sampler.batch(oldest=5)
+    assert groups == [4, 5, 6, 7]
+    assert tally.num_groups == 6  # of this rollout's questions: 6 to 11
+    assert ids([g.problem for g in sampler.collector.surplus]) == [8, 9, 10, 11]
+    sampler.version = 6
+    assert sampler.batch(oldest=6)[0] == [12, 13, 14, 15]  # 8 to 11 are of version 5
+
+
+def test_a_full_batch_of_surplus_asks_nothing() -> None:
+    sampler = Sampler("+-+-", questions_asked=12)
+    sampler.batch()
+    groups, tally = sampler.batch()
+    assert (groups, sampler.asked, tally.num_groups) == ([4, 5, 6, 7], [], 0)
+
+
+def test_surplus_can_be_thrown_away_as_the_official_code_does() -> None:
+    sampler = Sampler("+-+-", keep_surplus=False)
+    assert [sampler.batch()[0] for _ in range(2)] == [[0, 1, 2, 3], [6, 7, 8, 9]]
+
+
+def test_questions_that_were_cut_off_are_asked_first_the_next_time() -> None:
+    sampler = Sampler("+-+-", cut=2, questions=8, keep_surplus=False)
+    assert sampler.batch()[0] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert sampler.asked == [[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]]
+    assert ids(sampler.collector.cut) == [8, 9]
+    sampler.num_cut = 0
+    assert sampler.batch()[0] == [8, 9, *range(10, 16)]
+    assert sampler.collector.cut == []
 
 
 def test_a_batch_that_is_filled_by_the_last_ask_is_whole() -> None:
-    sampler = Sampler("+-+-", "++++", "++++")  # two of six
-    groups, _ = collect(sampler.ask, sampler.take, options(questions=6, on_short_batch="stop"))
-    assert len(groups) == 6
-    assert [attempt for attempt, _ in sampler.attempts] == [0, 1, 2]
+    sampler = Sampler("+-+-", "++++", "++++", questions=6, on_short_batch="stop")  # two of six
+    assert len(sampler.batch()[0]) == 6
+    assert len(sampler.asked) == 3
 
 
 def test_a_short_batch_is_trained_on() -> None:
-    sampler = Sampler("+-+-", "++++", "----")
-    groups, tally = collect(sampler.ask, sampler.take, options(questions=100))
-    assert [int(g.problem.id) for g in groups] == [0, 3, 6, 9, 12, 15]
-    assert len(sampler.attempts) == 3
+    sampler = Sampler("+-+-", "++++", "----", questions=100)
+    groups, tally = sampler.batch()
+    assert groups == [0, 3, 6, 9, 12, 15]
+    assert len(sampler.asked) == 3
     assert tally.num_groups == 18
 
 
 def test_a_short_batch_stops_the_run_with_the_accuracies_seen() -> None:
-    sampler = Sampler("+---", "++++", "----")
+    sampler = Sampler("+---", "++++", "----", questions=100, on_short_batch="stop")
     with pytest.raises(RuntimeError) as raised:
-        collect(sampler.ask, sampler.take, options(questions=100, on_short_batch="stop"))
+        sampler.batch()
     message = str(raised.value)
-    assert "3 times 6 questions gave 6 groups" in message
+    assert "3 times asked, 18 questions gave 6 groups" in message
     assert "wanted 100" in message
     assert "0.00: 6, 0.25: 6, 1.00: 6" in message
     assert "rollout.on_short_batch=train" in message
@@ -124,12 +183,64 @@ def test_a_short_batch_stops_the_run_with_the_accuracies_seen() -> None:
 def test_data_without_a_mixed_group_is_reported_not_trained_on(
     verdicts: tuple[str, ...], histogram: str, on_short_batch: str
 ) -> None:
-    sampler = Sampler(*verdicts)
+    sampler = Sampler(*verdicts, on_short_batch=on_short_batch)
     with pytest.raises(RuntimeError, match="gave 0 groups with right and wrong") as raised:
-        collect(sampler.ask, sampler.take, options(on_short_batch=on_short_batch))
+        sampler.batch()
     assert f": {histogram}." in str(raised.value)
     assert "on_short_batch" not in str(raised.value)  # would not help
-    assert len(sampler.attempts) == 3
+    assert len(sampler.asked) == 3
+
+
+@pytest.mark.parametrize(("verdicts", "share"), [(("+-+-", "++++"), 1 / 2), (("+---",), 1.0)])
+def test_as_many_are_asked_as_the_measured_share_needs(
+    verdicts: tuple[str, ...], share: float
+) -> None:
+    sampler = Sampler(*verdicts, questions=200, questions_asked=0, keep_surplus=False)
+    first = sampler.batch()[1].num_groups
+    assert 400 <= first <= 430  # nothing is known yet: half of them may be mixed
+    later = [sampler.batch()[1].num_groups for _ in range(3)]
+    assert all(200 / share <= num <= 1.12 * 200 / share for num in later)
+    assert len(sampler.asked) == 1
+
+
+def test_never_more_at_once_than_the_official_code_asks() -> None:
+    sampler = Sampler("+-+-", *(["++++"] * 19), questions=10, questions_asked=0, max_asks=10)
+    sampler.batch()
+    assert max(map(len, sampler.asked)) == 30
+
+
+# Experience
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.7, 0.95])
+def test_five_of_six_batches_are_filled_at_once(share: float) -> None:
+    rng = np.random.default_rng(0)
+    learned = Experience(asked=1e6, mixed=share * 1e6)
+    num = learned.num_to_ask(512, Tally(), most=10**9)
+    filled = (rng.binomial(num, share, 2000) >= 512).mean()
+    assert 0.80 <= filled <= 0.92  # one standard deviation: 84 %, and whole questions
+
+
+def test_expected_lengths_are_those_of_earlier_answers_or_their_mean() -> None:
+    learned = Experience()
+    assert learned.expected_tokens([problem(0)]) == [1.0]
+    learned.add(tally_of([group(0, "+-"), group(1, "+-+-")]))  # 1 to 2 and 1 to 4 tokens
+    assert learned.expected_tokens([problem(n) for n in (0, 1, 2)]) == [1.5, 2.5, 2.0]
+
+
+def test_old_rollouts_fade() -> None:
+    learned = Experience()
+    learned.add(tally_of([group(n, "++++") for n in range(64)]))
+    for _ in range(8):
+        learned.add(tally_of([group(n, "+-+-") for n in range(64)]))
+    assert learned.num_to_ask(100, Tally(), most=10**9) == pytest.approx(100, abs=3)
+
+
+def test_the_longest_are_dealt_first_and_evenly() -> None:
+    expected = [1.0, 7.0, 3.0, 5.0, 5.0, 2.0]
+    shares = [_share(expected, number, 2) for number in range(2)]
+    assert shares == [[1, 2, 5], [3, 4, 0]]  # 12 and 11 tokens
+    assert _share([1.0] * 6, 1, 3) == [1, 4]
 
 
 # Tally
@@ -145,6 +256,7 @@ def test_metrics_are_of_all_answers() -> None:
         "verifier_timeouts": 0,
         "verifier_worker_deaths": 0,
         "groups_kept_fraction": 1 / 3,
+        "questions_cut": 0,
     }
     assert tally_of(groups).metrics() == pytest.approx(expected)
 
@@ -159,15 +271,12 @@ def test_merging_is_counting_everything_at_once(cut: int) -> None:
 
 
 def test_nothing_seen_is_no_division_by_zero() -> None:
-    assert set(Tally().metrics().values()) == {0.0}
+    assert set(Tally().metrics().values()) == {0}
+    assert "accuracy_all" not in Tally().metrics()  # 0 would look like one
     assert Tally().histogram() == ""
 
 
 # QuestionOrder
-
-
-def ids(problems: Sequence[Problem]) -> list[int]:
-    return [int(p.id) for p in problems]
 
 
 def order(seed: int = 0, num: int = 10) -> QuestionOrder:

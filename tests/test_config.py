@@ -11,6 +11,7 @@ import pytest
 from megatron_nft.config import (
     Config,
     DataConfig,
+    DriftConfig,
     EvaluateConfig,
     Fp8Config,
     MemoryConfig,
@@ -275,6 +276,41 @@ def test_every_number_and_every_name_has_a_rule() -> None:
             changed("fp8", Fp8Config("hybrid", "delayed", first_last_layers_bf16=True)),
             "fp8.first_last_layers_bf16 was True; it may be false with fp8.recipe=delayed",
         ),
+        (
+            changed("rollout", RolloutConfig(servers=["node1:8000"], engine="remote")),
+            "rollout.servers[0] was 'node1:8000'; it may be http://HOST:PORT",
+        ),
+        (
+            changed("rollout", RolloutConfig(servers=["http://a:1"] * 2, engine="remote")),
+            "rollout.servers[1] was 'http://a:1'; it may be an address that is not there",
+        ),
+        (
+            changed("rollout", RolloutConfig(servers=["http://a:1"])),
+            "it may be given only where rollout.engine is remote",
+        ),
+        (
+            changed("rollout", RolloutConfig(max_steps_off_policy=1)),
+            "old_logp was 'trainer'; it may be rollout where rollout.max_steps_off_policy",
+        ),
+        (
+            replace(
+                changed("rollout", RolloutConfig(engine="remote", max_steps_off_policy=2)),
+                old_logp="rollout",
+            ),
+            "rollout.max_steps_off_policy was 2; it may be 0 or 1, or needs",
+        ),
+        (
+            changed("rollout", RolloutConfig(engine="remote", in_flight_updates=True)),
+            "rollout.in_flight_updates was True; it may be false where",
+        ),
+        (
+            replace(changed("old_logp", "rollout"), drift=DriftConfig(importance_cap=2.0)),
+            "drift.importance_cap was 2.0; it may be 0 where old_logp is rollout",
+        ),
+        (
+            changed("drift", DriftConfig(warn=0.2, stop=0.1)),
+            "drift.stop was 0.1; it may be at least drift.warn = 0.2",
+        ),
         (changed("data", DataConfig()), "data.train was []"),
         (changed("data", DataConfig(train=[SourceConfig()])), "data.train[0].path was ''"),
         (changed("run_dir", ""), "run_dir was ''"),
@@ -313,7 +349,7 @@ SHARED = {
     "objective.ratio": "token",
     "objective.negative_weight": 1.0,
     "rollout.questions": 512,
-    "rollout.questions_asked": 1536,
+    "rollout.questions_asked": 0,
     "rollout.max_asks": 10,
     "rollout.answers": 16,
     "rollout.temperature": 1.0,

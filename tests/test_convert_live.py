@@ -4,6 +4,7 @@ Processes cost far more than conversions: each launch takes all layouts of its s
 other, with all models.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from toys import random_sequences, save_model
 from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
 from checkpoints_conversion.megatron_files import read_metadata
+from checkpoints_conversion.stream import BUCKET_BYTES
 from megatron_nft.config import Config, ModelConfig, ObjectiveConfig, ParallelConfig
 
 
@@ -68,6 +70,7 @@ CASES = [
     for layout, options in layouts.items()
     for name in (EXPERTS if "expert" in options else MODELS)
 ]
+BUCKETS_BYTES = (1, 10_000, BUCKET_BYTES)  # every parameter alone, some together, all
 TRAINED = ["Qwen2, tied", "Qwen3-MoE"]
 
 
@@ -111,10 +114,19 @@ def _load(model: Model, parallel_config: ParallelConfig, saved: Path) -> list[st
         chunk.load_state_dict(loaded[f"model{i}"])
         _spoil_padding(chunk, hf_config.vocab_size)
     expected = load_file(model.hf / "model.safetensors")
-    streamed = {name: tensor.clone() for name, tensor in stream(chunks, hf_config)}
-    assert streamed.keys() == expected.keys()
+    streams = [_copied(stream(chunks, hf_config, bucket_bytes)) for bucket_bytes in BUCKETS_BYTES]
+    assert len({tuple(streamed) for streamed in streams}) == 1  # in one order
+    assert streams[0].keys() == expected.keys()
     _save({f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}, saved)
-    return [name for name, tensor in expected.items() if not _is_equal(tensor, streamed[name])]
+    return [
+        name
+        for name, tensor in expected.items()
+        if not all(_is_equal(tensor, streamed[name]) for streamed in streams)
+    ]
+
+
+def _copied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors}
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

@@ -23,8 +23,8 @@ from policies import (
     weights_of,
 )
 from processes import run
-from reference import LR, Tensors, distance, reference, worst
-from toys import random_sequences, save_qwen2
+from reference import LR, Tensors, distance, reference, reference_logp, worst
+from toys import random_sequences, save_qwen2, weighted
 
 from megatron_nft.config import MemoryConfig, ObjectiveConfig, ParallelConfig
 from megatron_nft.policy.balance import deal
@@ -205,6 +205,8 @@ def _in_small_layouts(path: Path, layout: ParallelConfig) -> dict[str, Any]:
             for field in ("group_accuracy", "old_logp")
         },
         "bfloat16": _in_bfloat16(path, layout),
+        "weighted": gradient(path, NFT, layout, weighted(SEQUENCES)),
+        "at temperature 2": policy_of(configured(path, NFT, layout)).logp(SEQUENCES, 2.0),
     }
 
 
@@ -299,6 +301,8 @@ def test_one_step_equals_plain_torch(
     expected = reference(models_of(layout, models)[tied], OBJECTIVES[objective])
     for a, b in zip(step["logp"], expected["logp"], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+    for a, b, s in zip(step["log_ratio"], expected["logp"], SEQUENCES, strict=True):
+        np.testing.assert_allclose(a, b - s.old_logp, atol=1e-5)
     _compare(step, expected)
 
 
@@ -326,6 +330,24 @@ def test_a_rank_without_a_sequence_changes_nothing(
 ) -> None:
     expected = reference(models_of(layout, models)[0], NFT, num_sequences=1)["gradient"]
     assert worst(ours[layout]["one sequence"], expected) <= 1e-5
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", SMALL)
+def test_tokens_are_weighted_and_the_denominator_is_not(
+    models: Models, ours: dict[str, Any], layout: str
+) -> None:
+    expected = reference(models_of(layout, models)[0], NFT, is_weighted=True)["gradient"]
+    assert worst(ours[layout]["weighted"], expected) <= 1e-5
+    assert worst(ours[layout]["variants"]["1 micro-batches"], expected) > 0.1  # it could fail
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", SMALL)
+def test_logp_at_another_temperature(models: Models, ours: dict[str, Any], layout: str) -> None:
+    expected = reference_logp(models_of(layout, models)[0], temperature=2.0)
+    for a, b in zip(ours[layout]["at temperature 2"], expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.processes

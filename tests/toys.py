@@ -1,5 +1,6 @@
 """Small real models and sequences for the tests."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ def random_sequences(num: int, *, seed: int = 0, longest: int = 20) -> list[Sequ
             )
         )
     return sequences
+
+
+def weighted(sequences: list[Sequence], seed: int = 0) -> list[Sequence]:
+    """The sequences with a weight of its own on every token."""
+    rng = np.random.default_rng(seed)
+    weights = [rng.uniform(0, 2, len(s.response)).astype(np.float32) for s in sequences]
+    return [replace(s, importance=w) for s, w in zip(sequences, weights, strict=True)]
 
 
 def save_tokenizer(path: Path) -> Path:

@@ -5,6 +5,7 @@ A checkpoint is complete only once its marker file exists; the marker also holds
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,10 +61,16 @@ def check(policy: Policy) -> None:
         )
 
 
-def save(directory: Path, policy: Policy, state: RunState, keep: int) -> None:
+def save(
+    directory: Path,
+    policy: Policy,
+    state: RunState,
+    keep: int,
+    add: Callable[[Path], None] = lambda _: None,
+) -> None:
     """Write `directory/rollout_N`, mark it complete, and drop all but the newest `keep`.
 
-    Collective.
+    Collective. `add` writes more into the directory, on rank 0 and before it is complete.
     """
     check(policy)
     path = directory / f"rollout_{state.rollout}"
@@ -75,6 +82,7 @@ def save(directory: Path, policy: Policy, state: RunState, keep: int) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         _add_model_files(path, Path(policy.config.model.path))
+        add(path)
         temporary = path / (RUN_STATE + ".partial")
         content = {"state": asdict(state), "parallel": asdict(policy.config.parallel)}
         temporary.write_text(json.dumps(content))

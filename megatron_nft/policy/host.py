@@ -7,7 +7,7 @@ Megatron-Core names "cuda" in many factory calls. On a machine that has no CUDA 
 import contextlib
 import os
 import queue
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,52 @@ def vllm_options(max_tokens: int) -> Mapping[str, Any]:
     if has_cuda():
         return {}
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_tokens, 8192)}
+
+
+def server_environment(kv_cache_gib: int, num_servers: int) -> Mapping[str, str]:
+    """The same for a vLLM server, with its engine in another process, on its share of the cores."""
+    environment = dict(vllm_environment(kv_cache_gib))
+    del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    if not has_cuda():
+        num_threads = len(os.sched_getaffinity(0)) // (num_servers + 1)  # the trainer has one too
+        environment["OMP_NUM_THREADS"] = str(max(1, num_threads))
+    return environment
+
+
+def server_flags(max_tokens: int) -> Sequence[str]:
+    """vllm_options in a server's words; a CPU host compiles nothing either."""
+    if has_cuda():
+        return []
+    batched = str(vllm_options(max_tokens)["max_num_batched_tokens"])
+    return ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", batched]
+
+
+def sleep_options() -> Mapping[str, Any]:
+    """Arguments of an engine that sleeps.
+
+    vLLM's CPU build takes none: it goes through the same states, and gives no memory back.
+    """
+    return {"enable_sleep_mode": True} if has_cuda() else {}
+
+
+def memory_in_use() -> int:
+    """Bytes of this process's device, by whomever; on a CPU host, of memory by this process."""
+    if has_cuda():
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def fp8_rollout_trouble() -> str | None:
+    """Why vLLM cannot compute with FP8 weights on this host; None where it can.
+
+    Its CPU build multiplies by torch's own product, which every CPU has.
+    """
+    if has_cuda() and torch.cuda.get_device_capability() < (8, 9):
+        major, minor = torch.cuda.get_device_capability()
+        return f"needs a GPU of compute capability 8.9 or later, and this one has {major}.{minor}"
+    return None
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:

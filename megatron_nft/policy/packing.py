@@ -22,6 +22,8 @@ class Sequence:
     old_logp: np.ndarray  # float32 [T], what ratios are taken against
     correct: bool
     group_accuracy: float
+    version: int = 0  # of the weights that sampled
+    importance: np.ndarray | None = None  # float32 [T], what token losses are multiplied by
 
     @property
     def num_tokens(self) -> int:
@@ -80,6 +82,7 @@ def sequences_of(groups: Seq[Group]) -> list[Sequence]:
             old_logp=response.logp,
             correct=response.correct,
             group_accuracy=group.accuracy,
+            version=response.version,
         )
         for group in groups
         for response in group.responses
@@ -107,7 +110,7 @@ def micro_batch(
         predictors=predictors.to(device),
         predicted=predicted.to(device),
         targets=_flat([s.response for s in sequences], torch.int64)[predicted].to(device),
-        token_weights=_per_token(weights, counts).to(device),
+        token_weights=(_per_token(weights, counts) * _importance(sequences)).to(device),
         batch=_token_batch(sequences, counts, device),
     )
 
@@ -135,6 +138,14 @@ def _token_batch(sequences: Seq[Sequence], counts: np.ndarray, device: torch.dev
         sequence_ids=_per_token(range(len(sequences)), counts).long().to(device),
         num_sequences=len(sequences),
     )
+
+
+def _importance(sequences: Seq[Sequence]) -> Tensor:
+    """What each token's loss is multiplied by beside its sequence's weight; float32 [R]."""
+    ones = (np.ones(len(s.response), np.float32) for s in sequences)
+    given = (s.importance for s in sequences)
+    pairs = zip(given, ones, strict=True)
+    return _flat([one if weight is None else weight for weight, one in pairs], torch.float32)
 
 
 def _flat(arrays: Seq[np.ndarray], dtype: torch.dtype) -> Tensor:

@@ -71,29 +71,23 @@ class Policy:
         self.num_updates = 0
 
     @torch.no_grad()
-    def logp(self, sequences: Seq[Sequence]) -> list[np.ndarray]:
+    def logp(self, sequences: Seq[Sequence], temperature: float | None = None) -> list[np.ndarray]:
         """Log-probabilities of the response tokens of every sequence.
 
         Collective. All ranks pass the same sequences and get the same float32 [T] arrays back, in
-        the sequences' order.
+        the sequences' order. The temperature is the rollout's unless another one is given.
         """
-        mine = self._my_bins(sequences)
-        weights = [0.0] * len(sequences)
-        outputs = self._run_schedule(sequences, mine, weights, forward_only=True)
-        found = {
-            index: logp
-            for indices, output in zip(mine, outputs, strict=bool(outputs))
-            for index, logp in zip(indices, _split(output["logp"], sequences, indices), strict=True)
-        }
-        whole = {k: v for part in _on_every_rank(found) for k, v in part.items()}
-        return [whole[i] for i in range(len(sequences))]
+        bins, weights = self._bins(sequences), [0.0] * len(sequences)
+        parts = self._run_schedule(sequences, bins, weights, temperature, forward_only=True)
+        return _by_sequence(parts, bins, sequences, "logp")
 
     def update(self, sequences: Seq[Sequence], lr: float) -> dict[str, Any]:
         """One optimizer step on the mini-batch; collective, all ranks pass the same sequences.
 
         Returns:
             loss, grad_norm and, as float32 arrays over all response tokens, what the objective
-            measures (ratio, clip_fraction, entropy …).
+            measures (ratio, clip_fraction, entropy …); log_ratio, log π_θ − old_logp before the
+            step, as a list of float32 [T], one a sequence.
 
         Raises:
             FloatingPointError: loss or gradient is not finite; the weights were not touched.
@@ -101,10 +95,11 @@ class Policy:
         for chunk in self.ddp_chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        mine = self._my_bins(sequences)
+        bins = self._bins(sequences)
         weights = token_weights(sequences, self.config.objective)
-        outputs = self._run_schedule(sequences, mine, weights, forward_only=False)
-        measured = _merge(_on_every_rank(outputs))
+        parts = self._run_schedule(sequences, bins, weights, forward_only=False)
+        log_ratio = _by_sequence(parts, bins, sequences, "log_ratio")
+        measured = _merge(parts) | {"log_ratio": log_ratio}
         measured["grad_norm"] = self._step(measured["loss"], lr)
         self.num_updates += 1
         return measured
@@ -143,11 +138,11 @@ class Policy:
         assert succeeded
         return grad_norm
 
-    def _my_bins(self, sequences: Seq[Sequence]) -> list[list[int]]:
-        """This data-parallel rank's micro-batches, as indices into the sequences."""
+    def _bins(self, sequences: Seq[Sequence]) -> list[list[list[int]]]:
+        """Each data-parallel rank's micro-batches, as indices into the sequences."""
         parallel = self.config.parallel
         layout, budget = row_layout(self.config), self.config.optimizer.tokens_per_microbatch
-        bins = deal(
+        return deal(
             [layout.padded(s.num_tokens) for s in sequences],
             parallel_state.get_data_parallel_world_size(),
             max(1, budget // layout.multiple) * layout.multiple,
@@ -155,16 +150,21 @@ class Policy:
             # an interleaved schedule takes micro-batches in rounds of one a pipeline rank
             multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
         )
-        return bins[parallel_state.get_data_parallel_rank()]
 
     def _run_schedule(
         self,
         sequences: Seq[Sequence],
-        bins: list[list[int]],
+        bins: list[list[list[int]]],
         weights: Seq[float],
+        temperature: float | None = None,
+        *,
         forward_only: bool,
-    ) -> list[dict[str, np.ndarray]]:
-        """Megatron's schedule over this rank's micro-batches; what the last stage kept of each."""
+    ) -> list[list[dict[str, np.ndarray]]]:
+        """Megatron's schedule over this rank's micro-batches.
+
+        Returns what the last stage kept of each, on every rank of every data-parallel rank.
+        """
+        mine = bins[parallel_state.get_data_parallel_rank()]
         layout = row_layout(self.config)
         micro_batches = (
             micro_batch(
@@ -173,22 +173,24 @@ class Policy:
                 host.device(),
                 layout,
             )
-            for indices in bins
+            for indices in mine
         )
         for chunk in self.ddp_chunks:
             chunk.train(not forward_only)
         kept = get_forward_backward_func()(
-            forward_step_func=self._forward,
+            forward_step_func=partial(self._forward, temperature),
             data_iterator=list(itertools.tee(micro_batches, len(self.ddp_chunks))),
             model=self.ddp_chunks,
-            num_microbatches=len(bins),
+            num_microbatches=len(mine),
             seq_length=0,  # unused with variable_seq_lengths
             micro_batch_size=1,
             forward_only=forward_only,
-            **schedule_options(self.chunks[0].config, self._row_lengths(sequences, bins)),
+            **schedule_options(self.chunks[0].config, self._row_lengths(sequences, mine)),
         )
         # only now: the schedule need not wait for the device
-        return [{k: v.float().cpu().numpy() for k, v in tensors.items()} for tensors in kept]
+        return _on_every_rank(
+            [{k: v.float().cpu().numpy() for k, v in tensors.items()} for tensors in kept]
+        )
 
     def _row_lengths(self, sequences: Seq[Sequence], bins: list[list[int]]) -> list[int]:
         """Tokens of this rank's row in each micro-batch, between two layers."""
@@ -198,7 +200,7 @@ class Policy:
         return [sum(spans) // num_sharers for spans in rows]
 
     def _forward(
-        self, data: Iterator[MicroBatch], model: torch.nn.Module
+        self, temperature: float | None, data: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, partial[Any]]:
         """Megatron's forward-step contract: the output tensor and the function of its loss."""
         batch = next(data)
@@ -207,7 +209,9 @@ class Policy:
             batch.row.positions[None],
             None,
             packed_seq_params=batch.row,
-            output_processor=self._logprobs,
+            output_processor=partial(
+                self._logprobs, temperature=temperature or self.config.rollout.temperature
+            ),
             output_processor_context=batch,
         )
         return output, partial(self._loss, batch, with_objective=torch.is_grad_enabled())
@@ -218,6 +222,7 @@ class Policy:
         output_layer: torch.nn.Module,
         output_weight: Tensor | None,
         context: MicroBatch,
+        temperature: float,
         **_: Any,
     ) -> Tensor:
         """GPTModel's output hook: hidden states [N, 1, H] -> float32 [1, R] of log-probabilities.
@@ -229,7 +234,7 @@ class Policy:
             self._predicting(hidden_states, batch),
             output_layer.weight if output_weight is None else output_weight,
             batch.targets,
-            temperature=self.config.rollout.temperature,
+            temperature=temperature,
             vocab_size=self.hf_config.vocab_size,
             with_entropy=is_training,
             gradient=self._gradient(batch) if is_training else None,
@@ -279,6 +284,7 @@ class Policy:
         result = self._objective(batch.batch, logp)
         loss = (result.loss * batch.token_weights).sum()
         kept = {"loss": loss, "entropy": entropy, **result.metrics}
+        kept["log_ratio"] = logp - batch.batch.old_logp
         return loss, unused_count, {k: v.detach() for k, v in kept.items()}
 
 
@@ -320,16 +326,26 @@ def _whole_sequences(values: Tensor, batch: MicroBatch) -> Tensor:
     return reduce_from_tensor_model_parallel_region(whole, group=group)
 
 
-def _split(logp: np.ndarray, sequences: Seq[Sequence], indices: list[int]) -> list[np.ndarray]:
-    """A micro-batch's [R] back into its sequences; none of an empty one."""
-    cuts = np.cumsum([len(sequences[i].response) for i in indices])[:-1]
-    return np.split(logp, cuts)[: len(indices)]
+def _by_sequence(
+    parts: list[list[dict[str, np.ndarray]]],
+    bins: list[list[list[int]]],
+    sequences: Seq[Sequence],
+    key: str,
+) -> list[np.ndarray]:
+    """What the data-parallel ranks' micro-batches kept of tokens, as float32 [T] a sequence."""
+    found = {}
+    flat = (itertools.chain.from_iterable(lists) for lists in (parts, bins))
+    for kept, indices in zip(*flat, strict=True):
+        cuts = np.cumsum([len(sequences[i].response) for i in indices])[:-1]
+        found |= zip(indices, np.split(kept[key], cuts), strict=False)  # one piece of none
+    return [found[i] for i in range(len(sequences))]
 
 
 def _merge(parts: list[list[dict[str, np.ndarray]]]) -> dict[str, Any]:
     """All ranks' micro-batches as one: losses added, token values concatenated."""
     flat = [outputs for part in parts for outputs in part]
-    merged = {key: np.concatenate([f[key] for f in flat]) for key in flat[0] if key != "loss"}
+    keys = flat[0].keys() - {"loss", "log_ratio"}
+    merged = {key: np.concatenate([f[key] for f in flat]) for key in keys}
     return {"loss": float(sum(f["loss"] for f in flat)), **merged}
 
 

@@ -5,28 +5,33 @@ weights in place from an iterator of whole tensors under their Hugging Face name
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.policy import host
 from megatron_nft.rollout.engine import Answers, Digests, Sampling, seed_of
 from megatron_nft.rollout.groups import Problem, Response
-from megatron_nft.rollout.receiver import RECEIVER
+from megatron_nft.rollout.receiver import RECEIVER, precision
 
 
 class ColocatedEngine:
-    """This rank's engine.
+    """This rank's engine; its ranks and those of other engines call every method together.
 
     Args:
         path: the Hugging Face directory that the first weights and the architecture come from.
         max_tokens: prompt and response together.
     """
+
+    is_collective = True
 
     def __init__(
         self,
@@ -41,7 +46,7 @@ class ColocatedEngine:
         self._tokenizer = tokenizer
         self._llm = _start(
             model=str(path),
-            dtype=dtype,
+            **precision(rollout.quantization, dtype),
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=rollout.tensor,
             max_model_len=max_tokens,
@@ -51,6 +56,7 @@ class ColocatedEngine:
             skip_tokenizer_init=True,
             enforce_eager=not host.has_cuda(),
             **host.vllm_options(max_tokens),
+            **host.sleep_options(),
             enable_prefix_caching=True,
             disable_log_stats=True,
             worker_extension_cls=RECEIVER,
@@ -69,30 +75,58 @@ class ColocatedEngine:
         The ranks of one engine all get its answers.
         """
         mine = _share(expected, self.number, self.num_engines)
-        prompts = [{"prompt_token_ids": problems[i].prompt_tokens.tolist()} for i in mine]
-        params = [self._params(sampling, i, len(problems[i].prompt_tokens)) for i in mine]
+        params = {i: self._params(sampling, i, len(problems[i].prompt_tokens)) for i in mine}
+        enough = ceil(sampling.finish_fraction * len(mine))
         with host.suspended():
-            outputs = self._llm.generate(prompts, params, use_tqdm=False) if prompts else []
-        answers = [
-            (i, tuple(self._response(c, p.seed) for c in output.outputs))
-            for i, p, output in zip(mine, params, outputs, strict=True)
+            outputs = self._sample({i: problems[i].prompt_tokens for i in mine}, params, enough)
+        return [
+            (i, tuple(self._response(c, params[i].seed) for c in output.outputs))
+            for i, output in sorted(outputs.items())
         ]
-        return sorted(answers, key=lambda answer: answer[0])
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int
     ) -> dict[str, Digests]:
-        """Take new weights in place and forget every cached prefix; consumes the iterator."""
+        """Take new weights in place and forget every cached prefix; consumes the iterator.
+
+        An engine that sleeps wakes for them; the cache's memory comes back once they are in, and
+        with it vLLM's scheduler goes on.
+        """
+        torch.cuda.empty_cache()  # what torch keeps for itself, vLLM cannot wake in
         with host.suspended():
+            self._wake("weights")
             digests = self._llm.collective_rpc("receive", kwargs={"weights": weights})[0]
-            self._llm.reset_prefix_cache()
+            self._wake("kv_cache")
+            is_forgotten = self._llm.reset_prefix_cache()
+        assert is_forgotten, "cached prefixes are in use"
+        assert not self._is_asleep
         self.version = version
         return {f"engine {self.number}": digests}
+
+    def held(self, shapes: Mapping[str, tuple[int, ...]]) -> Digests:
+        """Digests of what the engine keeps of tensors of these names and shapes; see Receiver."""
+        return self._llm.collective_rpc("held", kwargs={"shapes": shapes})[0]
+
+    def sleep(self) -> dict[str, float]:
+        """Give up weights and cache until load_weights; what that gave back of the device, in GiB.
+
+        On a CPU host the engine sleeps as well, and keeps its memory.
+        """
+        before = host.memory_in_use()
+        with host.suspended():
+            self._llm.sleep(level=2)  # discards weights too: new ones come before it is asked again
+        after = host.memory_in_use()
+        self.version = -1
+        return {
+            "engine_gib_given_back": (before - after) / 2**30,
+            "engine_gib_kept": after / 2**30,
+        }
 
     def probe(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
         """See Engine; every rank of an engine asks it."""
         from vllm import SamplingParams
 
+        assert not self._is_asleep
         params = SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0)
         prompts = [{"prompt_token_ids": text.tolist()} for text in texts]
         with host.suspended():
@@ -110,8 +144,40 @@ class ColocatedEngine:
         """End the engine while the process groups that it made still exist."""
         self._llm.llm_engine.engine_core.shutdown()
 
+    @property
+    def _is_asleep(self) -> bool:
+        return self._llm.llm_engine.is_sleeping()
+
+    def _wake(self, what: str) -> None:
+        if self._is_asleep:
+            self._llm.wake_up(tags=[what])
+
+    def _sample(
+        self, prompts: dict[int, np.ndarray], params: dict[int, Any], enough: int
+    ) -> dict[int, Any]:
+        """vLLM's outputs by the prompts' numbers; once `enough` are whole, the others are cut off.
+
+        LLM.generate does the same, but waits for all.
+        """
+        from vllm.inputs.engine import tokens_input
+
+        assert not self._is_asleep, "its weights are gone: load_weights comes first"
+        engine, outputs = self._llm.llm_engine, {}
+        for number, tokens in prompts.items():
+            engine.add_request(str(number), tokens_input(tokens.tolist()), params[number])
+        with _progress(len(prompts)) as bar:
+            while len(outputs) < enough:
+                finished = {int(o.request_id): o for o in engine.step() if o.finished}
+                outputs |= finished
+                bar.update(len(finished))
+        engine.abort_request([str(number) for number in prompts.keys() - outputs.keys()])
+        while engine.has_unfinished_requests():  # a step may still hold tokens of theirs
+            engine.step()
+        return outputs
+
     def _params(self, sampling: Sampling, number: int, num_prompt_tokens: int) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         room = self._llm.llm_engine.model_config.max_model_len - num_prompt_tokens
         return SamplingParams(
@@ -124,6 +190,7 @@ class ColocatedEngine:
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _response(self, completion: Any, seed: int) -> Response:
@@ -154,6 +221,19 @@ def _stop_ids(llm: Any, tokenizer: Any) -> list[int]:
     configured = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id") or []
     configured = [configured] if isinstance(configured, int) else configured
     return sorted({tokenizer.eos_token_id, *configured} - {None})
+
+
+def _progress(num_questions: int) -> tqdm:
+    """A bar on the terminal, where sampling takes long enough for one."""
+    return tqdm(
+        total=num_questions,
+        desc="sampling",
+        unit="question",
+        delay=10,
+        leave=False,
+        disable=dist.get_rank() != 0,
+        dynamic_ncols=True,
+    )
 
 
 def _share(expected: Sequence[float], number: int, num_engines: int) -> list[int]:

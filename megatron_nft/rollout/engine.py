@@ -29,9 +29,10 @@ class Sampling:
 
 
 class Engine(Protocol):
-    """One or more vLLM engines. `version` is that of the weights they hold, −1 before any came."""
+    """One or more vLLM engines."""
 
-    version: int
+    version: int  # of the weights that they hold; −1 before any came
+    is_collective: bool  # every process samples its share; else only rank 0 calls generate
 
     def generate(
         self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling
@@ -54,6 +55,12 @@ class Engine(Protocol):
         """Log-probabilities (temperature 1) that each engine of this process gives to texts.
 
         Of every token (int32 [T]) but the first: float32 [T − 1].
+        """
+
+    def sleep(self) -> dict[str, float]:
+        """Give memory back while nothing is sampled, where the engine shares a device; metrics.
+
+        Where it gave up its weights, `version` is −1 then, and load_weights wakes it.
         """
 
     def close(self) -> None:

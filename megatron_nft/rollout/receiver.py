@@ -4,7 +4,7 @@ vLLM mixes the class into its worker (`worker_extension_cls`) and calls its meth
 (`collective_rpc`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -16,8 +16,22 @@ from megatron_nft.policy import host
 RECEIVER = "megatron_nft.rollout.receiver.Receiver"
 
 
+def precision(quantization: str, dtype: str) -> dict[str, str]:
+    """vLLM's `dtype` and `quantization`; it has kernels for FP8 beside bfloat16, not float32.
+
+    Each output channel and each token has a scale of its own, whatever the shapes and the ranks.
+    """
+    if quantization == "fp8":
+        return {"dtype": "bfloat16", "quantization": "fp8_per_channel"}
+    return {"dtype": dtype}
+
+
 class Receiver:
     """Methods that a vLLM worker gets."""
+
+    def sees(self, directory: str) -> bool:
+        """Whether weights that are written there can be received."""
+        return Path(directory).is_dir()
 
     def receive(
         self, weights: Iterable[tuple[str, Tensor]] | None = None, path: str = ""
@@ -30,17 +44,46 @@ class Receiver:
         model = self.model_runner.get_model()
         host.pack_experts_anew(model)
         weights = _of_directory(Path(path)) if weights is None else weights
-        self.reload_weights(weights_iterator=_digested(weights, digests))
+        self.reload_weights(weights_iterator=digested(weights, digests))
         host.repack_tied_head(model)
         return digests
 
+    def held(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Digests of those of the named tensors that the model keeps whole, as rows of a parameter.
 
-def _digested(
+        Others are split over ranks, quantized or packed for a kernel.
+        """
+        model, found = self.model_runner.get_model(), {}
+        fused = getattr(model, "packed_modules_mapping", {})
+        for name, parameter in model.named_parameters():
+            path, _, kind = name.rpartition(".")
+            prefix, dot, module = path.rpartition(".")
+            names = [f"{prefix}{dot}{part}.{kind}" for part in fused.get(module, [module])]
+            rows = _rows([shapes.get(n) for n in names], tuple(parameter.shape))
+            pieces = parameter[: sum(rows)].split(rows) if rows else ()
+            found |= {n: digest(piece) for n, piece in zip(names, pieces, strict=False)}
+        return found
+
+
+def digested(
     weights: Iterable[tuple[str, Tensor]], digests: dict[str, str]
 ) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; the digest of each is in `digests` once it has come."""
     for name, tensor in weights:
         digests[name] = digest(tensor)
         yield name, tensor
+
+
+def _rows(shapes: list[tuple[int, ...] | None], whole: tuple[int, ...]) -> list[int]:
+    """How many rows of a parameter each tensor has; none where they do not make it up.
+
+    A vocabulary has more rows than its model.
+    """
+    if None in shapes or any(shape[1:] != whole[1:] for shape in shapes):
+        return []
+    rows = [shape[0] for shape in shapes]
+    is_whole = sum(rows) == whole[0] or (len(rows) == 1 and rows[0] < whole[0])
+    return rows if is_whole else []
 
 
 def _of_directory(path: Path) -> Iterator[tuple[str, Tensor]]:

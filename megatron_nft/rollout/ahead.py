@@ -1,0 +1,46 @@
+"""Batches that are sampled while the policy trains on earlier ones."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from megatron_nft.rollout.collect import Batch
+
+
+class Ahead:
+    """One thread that makes batches, one after the other, in the order they were asked for.
+
+    Args:
+        make: the batch of a rollout, by its number.
+    """
+
+    def __init__(self, make: Callable[[int], Batch]) -> None:
+        self._make = make
+        self._thread = ThreadPoolExecutor(1, "rollout")
+        self._batches: dict[int, Future[Batch]] = {}
+
+    def __contains__(self, rollout: int) -> bool:
+        return rollout in self._batches
+
+    def start(self, rollout: int) -> None:
+        """Have a batch made, unless it is being made or there already."""
+        if rollout not in self._batches:
+            self._batches[rollout] = self._thread.submit(self._make, rollout)
+
+    def put(self, rollout: int, batch: Batch) -> None:
+        """Hold a batch that was made before."""
+        self._batches[rollout] = Future()
+        self._batches[rollout].set_result(batch)
+
+    def take(self, rollout: int) -> Batch:
+        """Wait for a batch; raises what making it raised."""
+        self.start(rollout)
+        return self._batches.pop(rollout).result()
+
+    def settle(self) -> dict[int, Batch]:
+        """Wait until nothing is being made; what was made and not yet taken, by rollout."""
+        wait(self._batches.values())
+        return {rollout: future.result() for rollout, future in self._batches.items()}
+
+    def close(self) -> None:
+        """Make nothing more; what is being made goes on until its engine ends."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

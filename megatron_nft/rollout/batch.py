@@ -1,0 +1,105 @@
+"""One batch of questions, asked of whichever servers live until enough are answered."""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_nft.rollout.client import Answer, Params, ServerError
+from megatron_nft.rollout.fleet import Fleet, Member
+
+LOOK_EVERY_S = 0.5  # for servers that came back
+MAX_TIMES_ASKED = 5  # a question whose servers are lost again and again may be what ends them
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and vLLM's SamplingParams for its answers."""
+
+    tokens: list[int]
+    params: Params
+
+
+class Batch:
+    """Questions by their numbers, in the order in which they are to be asked.
+
+    Whose server is lost is asked again of another one, before the others. The same seed goes with
+    it: the same weights give the same answers.
+
+    Args:
+        enough: how many of the questions are to be answered; the others are cut off then.
+        num_at_once: questions a server.
+        counts: `questions_asked_again` is kept up in it.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        questions: Mapping[int, Question],
+        enough: int,
+        num_at_once: int,
+        counts: Counter[str],
+    ) -> None:
+        self._fleet, self._questions, self._counts = fleet, questions, counts
+        self._enough, self._num_at_once = enough, num_at_once
+        self._waiting = deque(questions)
+        self._running: dict[asyncio.Task[list[Answer]], int] = {}
+        self._times_asked = Counter[int]()
+        self._answered: dict[int, list[Answer]] = {}
+
+    async def run(self) -> dict[int, list[Answer]]:
+        """The answers by question. Raises RuntimeError: see RemoteEngine.generate."""
+        try:
+            while len(self._answered) < self._enough:
+                self._fleet.check()
+                self._hand_out()
+                await self._hear()
+        finally:
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
+        return self._answered
+
+    def _hand_out(self) -> None:
+        while self._waiting and (member := self._freest()):
+            number = self._waiting.popleft()
+            self._times_asked[number] += 1
+            self._running[member.begin_question(self._ask(member, number))] = number
+
+    def _freest(self) -> Member | None:
+        free = [m for m in self._fleet.live if m.num_questions < self._num_at_once]
+        return min(free, key=lambda m: m.num_questions, default=None)
+
+    async def _ask(self, member: Member, number: int) -> list[Answer]:
+        question = self._questions[number]
+        choices = (await member.ask(question.tokens, question.params)).choices
+        for choice in choices:
+            if choice.finish_reason == "abort":
+                raise ServerError("it was told to abort")
+            if choice.finish_reason not in ("stop", "length"):  # would pass for a wrong answer
+                raise RuntimeError(f"{member} ended an answer with {choice.finish_reason!r}")
+        return sorted(choices, key=lambda choice: choice.index)
+
+    async def _hear(self) -> None:
+        if not self._running:
+            await asyncio.sleep(LOOK_EVERY_S)
+            return
+        done, _ = await asyncio.wait(
+            self._running, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in done:
+            number = self._running.pop(task)
+            if task.cancelled() or isinstance(task.exception(), ServerError):
+                self._ask_again(number, task)
+            else:
+                self._answered[number] = task.result()
+
+    def _ask_again(self, number: int, task: asyncio.Task[list[Answer]]) -> None:
+        if self._times_asked[number] == MAX_TIMES_ASKED:
+            troubles = "\n".join(f"{m}: {m.trouble}" for m in self._fleet.members)
+            last = "its server was lost" if task.cancelled() else str(task.exception())
+            raise RuntimeError(
+                f"a question was asked {MAX_TIMES_ASKED} times in vain, last: {last}\n{troubles}"
+            )
+        self._counts["questions_asked_again"] += 1
+        self._waiting.appendleft(number)

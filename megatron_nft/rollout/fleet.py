@@ -1,0 +1,308 @@
+"""The servers of a run, watched: who is lost is started again and given the newest weights.
+
+All of it runs on one event loop. A server is lost when its process ends, when it fails or hangs
+up for good, or when it has questions but samples no token for `stall_timeout_s`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_nft.config import RolloutConfig
+from megatron_nft.rollout.client import Client, Generated, Params, ServerError, Unreachable
+from megatron_nft.rollout.engine import Digests
+from megatron_nft.rollout.servers import ServerProcess
+
+logger = logging.getLogger("megatron_nft")
+
+LOOK_EVERY_S = 0.5
+ANSWER_WITHIN_S = 10.0  # what costs a server nothing
+RETRY_AFTER_S = (0.2, 1.0, 3.0)  # a question whose server could not be reached
+MOST_REST_S = 60.0  # between two attempts to start a server
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What every server is to hold: a Hugging Face directory, and what was written there."""
+
+    path: Path
+    version: int = -1
+    digests: Digests = field(default_factory=dict)
+
+
+class Member:
+    """One server; `process` is None where it was given by address.
+
+    Args:
+        command: what starts it, by the directory of its weights.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        client: Client,
+        process: ServerProcess | None = None,
+        command: Callable[[Path], list[str]] | None = None,
+    ) -> None:
+        self.name, self.client, self.process = name, client, process
+        self._command = command
+        self.is_live = False
+        self.is_paused = False
+        self.version = -2  # of the weights it holds; −2: unknown
+        self.received: list[Digests] = []  # by each of its workers
+        self.trouble = ""  # why it was lost last
+        self.num_questions = 0  # that it has and has not answered
+        self.lost_at = time.monotonic()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._lost = asyncio.Event()
+
+    def __str__(self) -> str:
+        where = f"log: {self.process.log}" if self.process else self.client.url
+        return f"{self.name} ({where})"
+
+    def begin(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Have something done that is cancelled when the server is lost."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def begin_question(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """The same, counted in num_questions from now on."""
+        self.num_questions += 1
+        task = self.begin(work)
+        task.add_done_callback(self._end_question)
+        return task
+
+    def _end_question(self, _task: asyncio.Task[Any]) -> None:
+        self.num_questions -= 1
+
+    def lose(self, trouble: str) -> None:
+        """Give it up: whatever it was asked has to be asked of another."""
+        if self.is_live:
+            self.is_live, self.trouble, self.lost_at = False, trouble, time.monotonic()
+            logger.warning("%s is lost: %s", self, trouble)
+            for task in self._tasks - {asyncio.current_task()}:
+                task.cancel()
+            self._lost.set()
+
+    async def ask(self, tokens: Sequence[int], params: Params) -> Generated:
+        """A question's answers. Raises ServerError where another server may answer."""
+        try:
+            return await self._ask(tokens, params)
+        except ServerError as error:
+            self.lose(str(error))
+            raise
+
+    async def _ask(self, tokens: Sequence[int], params: Params) -> Generated:
+        for rest_s in RETRY_AFTER_S:
+            try:
+                return await self.client.generate(tokens, params)
+            except Unreachable:
+                await asyncio.sleep(rest_s)
+        return await self.client.generate(tokens, params)
+
+    async def take(self, weights: Weights, timeout_s: float, *, is_running: bool) -> None:
+        """Take weights; with `is_running` questions wait meanwhile, and go on with the new ones."""
+        self.version = -2
+        if is_running:
+            self.is_paused = True
+            await self.client.pause(timeout_s)
+        self.received = await self.client.receive(weights.path, timeout_s)
+        await self.client.forget_prefixes(timeout_s)
+        await self.client.name_weights(weights.version, timeout_s)
+        await self.client.resume(timeout_s)
+        self.version, self.is_paused = weights.version, False
+
+    async def until_lost(self, stall_timeout_s: float) -> None:
+        """Look at it as long as it lives."""
+        count, moved = -1.0, time.monotonic()
+        while self.is_live:
+            try:
+                found = await self.client.num_generated(min(ANSWER_WITHIN_S, stall_timeout_s))
+            except ServerError as error:
+                found, trouble = None, str(error)
+            else:
+                trouble = f"{self.num_questions} questions and no token"
+            is_waiting = self.num_questions and not self.is_paused
+            now = time.monotonic()
+            if found is not None and (found != count or not is_waiting):
+                count, moved = found, now
+            if self.process and self.process.has_ended:
+                self.lose("its process ended")
+            elif now - moved > stall_timeout_s:
+                self.lose(f"{trouble} for {now - moved:.0f} s")
+            await self._rest()
+
+    async def _rest(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._lost.wait(), LOOK_EVERY_S)
+
+    def start(self, path: Path) -> None:
+        """Start its process with a directory's weights, or leave a server of others as it is."""
+        if self.process:
+            self.process.kill()
+            self.process.start(self._command(path))
+
+    async def until_ready(self, timeout_s: float) -> None:
+        """Raises ServerError, with the end of the log, where it is not ready in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                return await self.client.check_health(ANSWER_WITHIN_S)
+            except ServerError as error:
+                trouble = str(error)
+            if self.process and self.process.has_ended:
+                raise ServerError(f"{self} ended while starting.{self._log_end()}")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{self} was not ready within rollout.start_timeout_s={timeout_s:g} s: "
+                    f"{trouble}.{self._log_end()}"
+                )
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def join(self) -> None:
+        """Have questions asked of it from now on."""
+        self._lost.clear()
+        self.is_live, self.is_paused = True, False
+
+    def _log_end(self) -> str:
+        return f" The end of its log:\n{self.process.log_end()}" if self.process else ""
+
+
+class Fleet:
+    """The servers, and the weights that all of them are to hold.
+
+    Args:
+        counts: `engine_restarts`, how often a lost server came back, is kept up in it.
+    """
+
+    def __init__(
+        self,
+        members: list[Member],
+        weights: Weights,
+        options: RolloutConfig,
+        counts: Counter[str],
+    ) -> None:
+        self.members, self.weights, self._counts = members, weights, counts
+        self._start_timeout_s = options.start_timeout_s
+        self._stall_timeout_s = options.stall_timeout_s
+        self._watchers: list[asyncio.Task[None]] = []
+
+    @property
+    def live(self) -> list[Member]:
+        return [m for m in self.members if m.is_live]
+
+    async def start(self) -> None:
+        """Start them all, and watch them. Raises ServerError where one does not get ready."""
+        for member in self.members:
+            member.start(self.weights.path)
+        await asyncio.gather(*(m.until_ready(self._start_timeout_s) for m in self.members))
+        for member in self.members:
+            member.join()
+            self._watchers.append(asyncio.create_task(self._watch(member)))
+
+    def check(self) -> None:
+        """Raise RuntimeError once no server has lived for as long as a start may take."""
+        for watcher in self._watchers:
+            if watcher.done():
+                watcher.result()
+        lost_for_s = time.monotonic() - max(m.lost_at for m in self.members)
+        if not self.live and lost_for_s > self._start_timeout_s:
+            troubles = "\n".join(f"{m}: {m.trouble}" for m in self.members)
+            raise RuntimeError(
+                "every engine is lost, and none came back within rollout.start_timeout_s="
+                f"{self._start_timeout_s:g} s:\n{troubles}"
+            )
+
+    async def hand_over(self, weights: Weights) -> dict[str, Digests]:
+        """Give weights to every server that lives, and to the others when they are back.
+
+        Returns what each received; at least one has. Raises RuntimeError: see check.
+        """
+        self.weights = weights
+        await asyncio.gather(*(self._give(m) for m in self.live))
+        while not any(m.version == weights.version for m in self.live):
+            self.check()
+            await asyncio.sleep(LOOK_EVERY_S)
+        self.check()
+        return {name: d for m in self.live if m.version == weights.version for name, d in _named(m)}
+
+    async def _give(self, member: Member) -> None:
+        is_running = member.num_questions > 0
+        task = member.begin(member.take(self.weights, self._start_timeout_s, is_running=is_running))
+        await asyncio.wait([task])
+        if not task.cancelled() and isinstance(task.exception(), ServerError):
+            member.lose(str(task.exception()))
+        elif not task.cancelled():
+            task.result()
+
+    async def probe(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        """See Engine.probe."""
+        found = {}
+        for member in self.live:
+            task = member.begin(self._probe(member, texts))
+            await asyncio.wait([task])
+            if not task.cancelled() and not isinstance(task.exception(), ServerError):
+                found[member.name] = task.result()
+            elif not task.cancelled():
+                member.lose(str(task.exception()))
+        return found
+
+    async def _probe(self, member: Member, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        asked = (member.client.probe(text, self._stall_timeout_s) for text in texts)
+        return await asyncio.gather(*asked)
+
+    async def _watch(self, member: Member) -> None:
+        while True:
+            await member.until_lost(self._stall_timeout_s)
+            await self._revive(member)
+
+    async def _revive(self, member: Member) -> None:
+        """Start it, give it the newest weights, and let it join; until that succeeds."""
+        rest_s = 1.0
+        while True:
+            try:
+                await self._restart(member)
+                break
+            except ServerError as error:
+                member.trouble = str(error)
+                logger.warning("%s did not come back: %s", member, error)
+                await asyncio.sleep(rest_s)
+                rest_s = min(2 * rest_s, MOST_REST_S)
+        self._counts["engine_restarts"] += 1
+        logger.warning("%s is back with the weights of version %d", member, member.version)
+
+    async def _restart(self, member: Member) -> None:
+        member.start(self.weights.path)
+        await member.until_ready(self._start_timeout_s)
+        weights = None
+        while weights is not self.weights:  # newer ones may come meanwhile
+            weights = self.weights
+            if weights.digests:
+                await member.take(weights, self._start_timeout_s, is_running=False)
+            if any(digests != weights.digests for digests in member.received):
+                raise ServerError(f"it did not receive what {weights.path} was written from")
+        member.join()
+
+    async def close(self) -> None:
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        for member in self.members:
+            await member.client.close()
+
+
+def _named(member: Member) -> list[tuple[str, Digests]]:
+    """What its workers received: one entry, unless they received different things."""
+    first = member.received[0]
+    others = [(i, d) for i, d in enumerate(member.received) if i and d != first]
+    return [(member.name, first), *((f"{member.name} worker {i}", d) for i, d in others)]

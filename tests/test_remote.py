@@ -1,0 +1,300 @@
+"""Questions asked of real vLLM servers, which die, hang and take new weights meanwhile.
+
+Two servers are shared by the tests, which run in their order; each leaves them alive.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from processes import run
+from toys import VOCAB_SIZE, save_qwen2, save_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints_conversion.digest import digest
+from megatron_nft.config import ParallelConfig, RolloutConfig
+from megatron_nft.rollout import servers
+from megatron_nft.rollout.engine import Answers, Sampling
+from megatron_nft.rollout.fleet import Member
+from megatron_nft.rollout.groups import Problem
+from megatron_nft.rollout.remote import RemoteEngine
+from megatron_nft.rollout.servers import ServerProcess
+
+pytestmark = pytest.mark.processes
+
+NUM_PROBLEMS = 40
+MAX_TOKENS = 2048  # answers of the random models have some 70 tokens, one has 700
+SAMPLING = Sampling(answers=4, temperature=1.0, top_p=0.99, max_tokens=400, seed=5)
+OPTIONS = RolloutConfig(
+    engine="remote",
+    num_servers=2,
+    max_sequences=16,
+    in_flight_updates=True,
+    stall_timeout_s=5.0,
+    start_timeout_s=300.0,
+)
+TEXTS = [np.arange(2, 12, dtype=np.int32), np.arange(30, 37, dtype=np.int32)]
+Samples = dict[tuple[int, int], list[int]]
+
+
+def _problems() -> list[Problem]:
+    rng = np.random.default_rng(0)
+    return [
+        Problem(str(i), rng.integers(2, VOCAB_SIZE, 3 + i % 5).astype(np.int32), "1", "toy")
+        for i in range(NUM_PROBLEMS)
+    ]
+
+
+PROBLEMS = _problems()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    paths = [tmp_path_factory.mktemp("models") / str(seed) for seed in range(3)]
+    sizes = {"hidden_size": 128, "max_position_embeddings": MAX_TOKENS}  # vLLM: heads of 32
+    for seed, path in enumerate(paths):
+        save_tokenizer(save_qwen2(path, seed=seed, **sizes))
+    return paths
+
+
+def _start(path: Path, run_dir: Path, options: RolloutConfig = OPTIONS) -> RemoteEngine:
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return RemoteEngine(path, tokenizer, options, "float32", MAX_TOKENS, seed=0, run_dir=run_dir)
+
+
+@pytest.fixture(scope="module")
+def engine(models: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteEngine]:
+    engine = _start(models[0], tmp_path_factory.mktemp("run"))
+    groups = [member.process._process.pid for member in engine._fleet.members]
+    yield engine
+    groups += [member.process._process.pid for member in engine._fleet.members]
+    engine.close()
+    assert [p for group in groups for p in _group(group)] == []
+
+
+def _group(group: int) -> list[psutil.Process]:
+    """The processes of a group, in the order of their start."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def _generate(engine: RemoteEngine, sampling: Sampling = SAMPLING) -> Answers:
+    return engine.generate(PROBLEMS, [1.0] * NUM_PROBLEMS, sampling)
+
+
+def _tokens(answers: Answers) -> Samples:
+    return {(i, k): r.tokens.tolist() for i, rs in answers for k, r in enumerate(rs)}
+
+
+def _load(engine: RemoteEngine, path: Path, version: int) -> None:
+    """Give weights, and check what arrived by digest and by what the servers say of texts."""
+    state = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    received = engine.load_weights(iter(state.items()), version)
+    sent = {name: digest(tensor) for name, tensor in state.items()}
+    assert received == {m.name: sent for m in engine._fleet.live}
+    _check_probe(engine, path)
+
+
+def _check_probe(engine: RemoteEngine, path: Path) -> None:
+    probed = engine.probe(TEXTS)
+    assert list(probed) == [m.name for m in engine._fleet.live]
+    for found in probed.values():
+        for ours, text in zip(found, TEXTS, strict=True):
+            np.testing.assert_allclose(ours, _logp(path, text), atol=1e-4)
+
+
+def _logp(path: Path, text: np.ndarray) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    tokens = torch.from_numpy(text.astype(np.int64))
+    with torch.no_grad():
+        logits = model(tokens[None]).logits[0, :-1]
+    return logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].numpy()
+
+
+def _until_all_live(engine: RemoteEngine, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while len(engine._fleet.live) < len(engine._fleet.members):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _colocated(path: Path) -> list[tuple[int, list[tuple[list[int], np.ndarray, str, str, int]]]]:
+    from megatron_nft.policy import parallel
+    from megatron_nft.rollout.colocated import ColocatedEngine
+
+    parallel.initialize(ParallelConfig(), seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    options = replace(OPTIONS, engine="colocated")
+    engine = ColocatedEngine(path, tokenizer, options, "float32", MAX_TOKENS, 0)
+    answers = _generate(engine)
+    return [
+        (i, [(r.tokens.tolist(), r.logp, r.finish, r.text, r.seed) for r in rs])
+        for i, rs in answers
+    ]
+
+
+@pytest.fixture(scope="module")
+def samples(engine: RemoteEngine) -> Samples:
+    """By the first model."""
+    return _tokens(_generate(engine))
+
+
+def test_samples_are_those_of_the_colocated_engine(
+    engine: RemoteEngine, models: list[Path]
+) -> None:
+    answers = _generate(engine)
+    for (i, ours), (j, theirs) in zip(answers, run(_colocated, 1, models[0])[0], strict=True):
+        assert i == j
+        for r, (tokens, logp, *rest) in zip(ours, theirs, strict=True):
+            assert r.tokens.tolist() == tokens
+            assert [r.finish, r.text, r.seed] == rest
+            np.testing.assert_allclose(r.logp, logp, atol=1e-5)
+    assert {r.finish for _, rs in answers for r in rs} == {"stop", "length"}
+    assert {r.version for _, rs in answers for r in rs} == {-1}
+
+
+def test_enough_questions_end_a_batch(engine: RemoteEngine, samples: Samples) -> None:
+    answers = _generate(engine, replace(SAMPLING, finish_fraction=0.25))
+    assert len(answers) == NUM_PROBLEMS // 4
+    assert _tokens(answers).items() <= samples.items()
+    deadline = time.monotonic() + 10  # the servers drop the others
+    for member in engine._fleet.members:
+        while _num_running(engine, member) > 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def _num_running(engine: RemoteEngine, member: Member) -> float:
+    text = engine._call(member.client._request("GET", "/metrics", 10.0)).decode()
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(names))
+
+
+def test_a_question_that_is_refused_is_an_error(engine: RemoteEngine) -> None:
+    with pytest.raises(RuntimeError, match=r"HTTP 400.*temperature"):
+        _generate(engine, replace(SAMPLING, temperature=-1.0))
+    assert len(engine._fleet.live) == 2
+
+
+def test_new_weights_reach_every_server(
+    engine: RemoteEngine, models: list[Path], samples: Samples
+) -> None:
+    _check_probe(engine, models[0])
+    _load(engine, models[1], version=1)
+    changed = _generate(engine)
+    assert _tokens(changed) != samples
+    assert {r.version for _, rs in changed for r in rs} == {1}
+    _load(engine, models[0], version=2)
+    assert _tokens(_generate(engine)) == samples
+    _load(engine, models[0], version=3)
+    kept = sorted(path.name for path in engine._weights_directory.iterdir())
+    assert kept == ["version_2", "version_3"]
+
+
+def test_weights_that_change_during_a_batch_lose_no_question(
+    engine: RemoteEngine, models: list[Path]
+) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        batch = thread.submit(_generate, engine)
+        time.sleep(1.0)
+        assert not batch.done()
+        _load(engine, models[1], version=4)
+        answers = batch.result()
+    assert len(_tokens(answers)) == NUM_PROBLEMS * SAMPLING.answers
+    assert {r.version for _, rs in answers for r in rs} == {3, 4}
+    _load(engine, models[0], version=5)
+
+
+def test_a_byte_that_changes_on_the_way_is_seen(
+    engine: RemoteEngine, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = RemoteEngine._write
+
+    def write_and_spoil(*args: object) -> object:
+        weights = write(*args)
+        file = weights.path / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        return weights
+
+    state = AutoModelForCausalLM.from_pretrained(models[0]).state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteEngine, "_write", write_and_spoil)
+        received = engine.load_weights(iter(state.items()), 6)
+    sent = {name: digest(tensor) for name, tensor in state.items()}
+    for digests in received.values():
+        assert len([name for name in sent if digests[name] != sent[name]]) == 1
+    _load(engine, models[0], version=7)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_costs_no_question(
+    engine: RemoteEngine, models: list[Path], samples: Samples, how: signal.Signals
+) -> None:
+    before = dict(engine.counts)
+    server = _group(engine._fleet.members[1].process._process.pid)[1]  # behind its guard
+    victims = [server] if how == signal.SIGKILL else [server, *server.children(recursive=True)]
+    timer = threading.Timer(1.0, lambda: [os.kill(p.pid, how) for p in victims])
+    timer.start()
+    answers = _generate(engine)
+    assert _tokens(answers) == samples
+    assert engine.counts["questions_asked_again"] > before["questions_asked_again"]
+    _until_all_live(engine)
+    assert engine.counts["engine_restarts"] == before["engine_restarts"] + 1
+    _check_probe(engine, models[0])
+    assert _tokens(_generate(engine)) == samples
+
+
+def _serve(path: Path, port: int, log: Path) -> None:
+    """A server as a user would start it, on a port, for as long as this process lives."""
+    where = ("--host", "127.0.0.1", "--port", port)
+    process = ServerProcess(log, servers.environment(OPTIONS, []))
+    process.start(servers.command(path, OPTIONS, "float32", MAX_TOKENS, 0, *where))
+    time.sleep(600)
+
+
+def test_a_server_of_another_process_that_dies(
+    models: list[Path], samples: Samples, tmp_path: Path
+) -> None:
+    """It is used by its address, and ends when the process that started it is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    owner = context.Process(target=_serve, args=(models[0], port, tmp_path / "server.log"))
+    owner.start()
+    address = f"http://127.0.0.1:{port}"
+    options = replace(OPTIONS, servers=[address])
+    engine = _start(models[0], tmp_path, options)
+    processes = psutil.Process(owner.pid).children(recursive=True)
+    assert len(processes) >= 4  # guard, server, engine, worker
+    assert _tokens(_generate(engine)) == samples
+    _load(engine, models[1], version=1)
+    with pytest.raises(ValueError, match=r"(?s)takes 2048 tokens.*--max-model-len 4096"):
+        RemoteEngine(models[0], engine._tokenizer, options, "float32", 4096, 0, tmp_path)
+    engine._fleet._start_timeout_s = 3.0
+    threading.Timer(1.0, owner.kill).start()
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match=f"(?s)every engine is lost.*{address}"):
+        _generate(engine)
+    assert time.monotonic() - begun < 30
+    engine.close()
+    assert psutil.wait_procs(processes, timeout=20)[1] == []

@@ -1,0 +1,67 @@
+"""The command `megatron-nft train` with vLLM servers: in turns, ahead, in flight, resumed."""
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from test_train import lasting, root, train  # noqa: F401 (root is a fixture)
+
+from megatron_nft.metrics import read_metrics
+
+pytestmark = pytest.mark.processes
+REMOTE = ["rollout.engine=remote", "parallel.tensor=1", "evaluate.every=2"]
+AHEAD = [*REMOTE, "old_logp=rollout", "rollout.max_steps_off_policy=1"]
+LEARNED = ("loss", "grad_norm", "entropy", "tokens_sampled", "accuracy_all", "accuracy_kept")
+
+
+def assert_same(found: list[dict], expected: list[dict], rel: float) -> None:
+    assert [r["step"] for r in found] == [r["step"] for r in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for key in theirs.keys() & {*LEARNED, "eval/sums/accuracy"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=rel, abs=1e-6), (ours["step"], key)
+
+
+def of_rollouts(run_dir: Path, key: str) -> list[float]:
+    return [record[key] for record in read_metrics(run_dir) if key in record]
+
+
+def test_in_turns_a_run_with_servers_is_the_run_with_engines_of_its_own(
+    root: Path,  # noqa: F811
+) -> None:
+    own, remote = root / "own", root / "remote"
+    train(root / "recipe.yaml", f"run_dir={own}", "parallel.tensor=1")
+    train(root / "recipe.yaml", f"run_dir={remote}", *REMOTE, "rollout.num_servers=2")
+    assert_same(lasting(remote), lasting(own), rel=0)  # to the bit: the same answers
+    assert set(of_rollouts(remote, "steps_off_policy_max")) == {0}
+    assert max(of_rollouts(remote, "logp_delta_max")) <= 1e-4
+    assert max(of_rollouts(remote, "probe_delta_max")) <= 1e-4
+    assert of_rollouts(remote, "weights_version") == [0, 2, 4]  # the last ones of each rollout
+    assert (remote / "logs" / "engine_1.log").is_file()
+
+
+def test_sampling_ahead_is_one_rollout_old_and_resumes(root: Path) -> None:  # noqa: F811
+    through, resumed = root / "ahead", root / "ahead-resumed"
+    recorded = "logging.answers_every=1"
+    train(root / "recipe.yaml", f"run_dir={through}", *AHEAD, recorded)
+    assert of_rollouts(through, "steps_off_policy_max") == [0, 1, 1, 1]
+    assert of_rollouts(through, "steps_off_policy_mean") == [0, 1, 1, 1]
+    for rollout, version in ((1, 0), (2, 0), (3, 1), (4, 2)):  # the first two before any update
+        rows = pq.read_table(through / "rollouts" / f"rollout_{rollout}.parquet").to_pylist()
+        assert {row["version"] for row in rows} == {version}
+        assert {row["verdict"] for row in rows} == {"correct", "wrong"}
+    shutil.copytree(through, resumed)  # as if it had been killed after its third checkpoint
+    shutil.rmtree(resumed / "checkpoints" / "rollout_4")
+    assert (resumed / "checkpoints" / "rollout_3" / "sampling" / "ahead_3.parquet").is_file()
+    train(root / "recipe.yaml", f"run_dir={resumed}", *AHEAD, recorded)
+    assert_same(lasting(resumed), lasting(through), rel=1e-3)  # engines round as batches fall
+
+
+def test_weights_in_flight(root: Path) -> None:  # noqa: F811
+    run_dir = root / "in-flight"
+    changed = ["rollout.in_flight_updates=true", "rollout.max_steps_off_policy=2"]
+    train(root / "recipe.yaml", f"run_dir={run_dir}", *AHEAD[:-1], *changed)
+    records = read_metrics(run_dir)
+    assert [r["step"] for r in records] == list(range(9))
+    assert max(of_rollouts(run_dir, "steps_off_policy_max")) in (1, 2)
+    assert max(of_rollouts(run_dir, "probe_delta_max")) <= 1e-4
