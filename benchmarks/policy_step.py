@@ -139,8 +139,13 @@ class TimedPolicy(Policy):
     _reduce = timed("reduction", lambda _, *args, **kwargs: add_up_gradients(*args, **kwargs))
     _step = timed("optimizer", Policy._step)
 
-    def _forward(self, data: Iterator[packing.MicroBatch], model: torch.nn.Module) -> Any:
-        return self._run_layers(iter([self._pack(data)]), model)
+    def _forward(
+        self,
+        temperature: float,
+        data: Iterator[packing.MicroBatch],
+        model: torch.nn.Module,
+    ) -> Any:
+        return self._run_layers(temperature, iter([self._pack(data)]), model)
 
     def stamp(self, part: str) -> None:
         """From now on it is this part's time, the device's on CUDA."""
@@ -258,7 +263,7 @@ def measure(case: Case, args: argparse.Namespace) -> list[Measured]:
     sequences = workload(case, num_ranks, args)
     lengths, num_predicted = zip(*((s.num_tokens, len(s.response)) for s in sequences), strict=True)
     policy = TimedPolicy(config, hf)
-    bins = policy._my_bins(sequences)
+    bins = policy._bins(sequences)[parallel_state.get_data_parallel_rank()]
     rows = [(sum(lengths[i] for i in b), sum(num_predicted[i] for i in b)) for b in bins]
     floors = {what: floor_seconds(hf, config, rows, what) for what in (STEP, OLD_LOGP)}
     logps = policy.logp(sequences)

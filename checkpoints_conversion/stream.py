@@ -73,8 +73,9 @@ def stream(
     for bucket in buckets(whole_bytes, bucket_bytes):
         shards = _gather_all(items[bucket], parameters, like)
         for item in items[bucket]:
-            whole = item.mapping.join(shards.pop(item.name), sizes)
-            yield from zip(item.hf_names, whole, strict=True)
+            shards_of_item = shards.pop(item.name)
+            yield from zip(item.hf_names, item.mapping.join(shards_of_item, sizes), strict=True)
+        del shards_of_item  # its bucket goes before the next comes
 
 
 def in_layers(

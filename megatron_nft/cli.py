@@ -1,4 +1,4 @@
-"""The command line: `megatron-nft demo|train|convert|report`."""
+"""The command line: `megatron-nft demo|train|serve|convert|report`."""
 
 import argparse
 import os
@@ -57,6 +57,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
     train.set_defaults(run=_train)
 
+    serve = commands.add_parser(
+        "serve",
+        help="start a vLLM server for a run on another node",
+        description="Start a vLLM server that the recipe's run can use (rollout.servers). It asks "
+        "nobody who they are: listen on the job's own network alone.",
+        epilog="example: megatron-nft serve recipe.yaml --host node7 --port 8000",
+    )
+    serve.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    serve.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    serve.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    serve.set_defaults(run=_serve)
+
     conversion.add_parser(commands)
 
     report = commands.add_parser(
@@ -85,6 +98,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from megatron_nft.processes import run
 
     return run(arguments.recipe, arguments.overrides)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from megatron_nft.processes import serve
+
+    return serve(arguments.recipe, arguments.overrides, arguments.host, arguments.port)
 
 
 def _report(arguments: argparse.Namespace) -> int:

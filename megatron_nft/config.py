@@ -198,3 +198,8 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of prompt and response together."""
+        return self.data.max_prompt_tokens + self.rollout.max_response_tokens

@@ -5,6 +5,7 @@ that the engine sampled with. Δ of a token is the trainer's log-probability min
 """
 
 import logging
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -93,10 +94,17 @@ def act_on(found: dict[str, float], options: DriftConfig) -> None:
     """Warn of a drift, or stop the run; every rank has the same numbers.
 
     Raises:
-        RuntimeError: the mean |Δ| is above drift.stop, or no number.
+        RuntimeError: the mean |Δ| is above drift.stop, or anything that was found is no number, of
+            older versions' answers too.
     """
+    broken = {key: value for key, value in found.items() if not math.isfinite(value)}
+    if broken:
+        raise RuntimeError(
+            f"log-probabilities of the trainer or the engine are no numbers: {broken}; no "
+            "drift.stop lets them pass. Look at the engine's answers and its last weights"
+        )
     mean = found.get("logp_delta_mean", 0.0)
-    if not mean <= options.stop:
+    if mean > options.stop:
         raise RuntimeError(
             f"trainer and engine differ by {mean:.4f} in the mean log-probability of a token, "
             f"{found['logp_delta_max']:.4f} at most; drift.stop is {options.stop}. The engine does "

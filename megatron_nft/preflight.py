@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from checkpoints_conversion.hf_files import check_weights, read_hf_config
 from megatron_nft import recipe
 from megatron_nft.config import Config, Fp8Config, SourceConfig
-from megatron_nft.policy.host import has_cuda
+from megatron_nft.policy.host import fp8_rollout_trouble, has_cuda
 from megatron_nft.policy.layout import check_fp8, check_layout
 from megatron_nft.problems import load_problems
 
@@ -43,13 +43,11 @@ def check(config: Config, num_processes: int) -> None:
     """
     check_run_directory(config)
     check_transformer_engine(config)
+    hf_config = check_engine(config)
     path = Path(config.model.path)
-    with naming("model.path"):
-        hf_config = read_hf_config(path)
     check_layout(hf_config, config.parallel, num_processes)
     check_fp8(hf_config, config)
     check_engine_layout(config, hf_config, num_processes)
-    check_lengths(config, hf_config)
     with naming("model.path"):
         check_weights(path, hf_config)
     tokenizer = load_tokenizer(path)
@@ -67,6 +65,17 @@ def check(config: Config, num_processes: int) -> None:
         check_source(source, config, tokenizer)
     for source in config.evaluate.sets:
         load_problems(source, config.data, tokenizer)
+
+
+def check_engine(config: Config) -> PretrainedConfig:
+    """What a vLLM server by itself needs of a recipe; the model's configuration."""
+    with naming("model.path"):
+        hf_config = read_hf_config(Path(config.model.path))
+    check_lengths(config, hf_config)
+    trouble = fp8_rollout_trouble() if config.rollout.quantization == "fp8" else None
+    if trouble and not config.rollout.servers:  # which may run elsewhere
+        raise ValueError(f"rollout.quantization=fp8: {trouble}; set none, or run it elsewhere")
+    return hf_config
 
 
 @contextmanager
@@ -136,11 +145,10 @@ def check_fp8_hardware(fp8: Fp8Config) -> None:
 
 def check_lengths(config: Config, hf_config: PretrainedConfig) -> None:
     """Prompt and response must fit into the positions that the model was made for."""
-    needed = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if needed > hf_config.max_position_embeddings:
+    if config.longest > hf_config.max_position_embeddings:
         raise ValueError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {needed}, but the model has "
-            f"max_position_embeddings = {hf_config.max_position_embeddings}"
+            f"data.max_prompt_tokens + rollout.max_response_tokens = {config.longest}, but the "
+            f"model has max_position_embeddings = {hf_config.max_position_embeddings}"
         )
 
 

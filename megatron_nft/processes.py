@@ -47,6 +47,29 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     return subprocess.run(command, env=environment).returncode
 
 
+def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> int:
+    """Run a vLLM server of the recipe's model until it ends; its exit code.
+
+    Raises:
+        ValueError: see recipe.load; or the model cannot be used.
+    """
+    config = recipe.load(path, overrides)
+    from megatron_nft.preflight import check_engine
+    from megatron_nft.rollout import servers
+
+    check_engine(config)
+    where = ("--host", host, "--port", port)
+    command = servers.command(
+        Path(config.model.path),
+        config.rollout,
+        config.model.dtype,
+        config.longest,
+        config.seed,
+        *where,
+    )
+    return subprocess.run(command, env=servers.environment(config.rollout, gpus=[])).returncode
+
+
 def num_processes_of(config: Config) -> int:
     """As many processes as the recipe says; else one a GPU that no server has, or the least that
     the layout needs.

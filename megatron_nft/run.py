@@ -177,7 +177,7 @@ class Run(ExitStack):
             self.tokenizer,
             config.rollout,
             dtype=config.model.dtype,
-            max_tokens=config.data.max_prompt_tokens + config.rollout.max_response_tokens,
+            max_tokens=config.longest,
             seed=config.seed,
         )
         self.callback(engine.close)
@@ -260,9 +260,9 @@ class Run(ExitStack):
             write_groups(folder / f"rollout_{rollout}.parquet", batch.groups)
 
     def engine_metrics(self) -> dict[str, float]:
-        """What the engine said of itself since the last call."""
+        """What the engine said of itself since the last call; servers' troubles in all."""
         found, self.sampled = self.sampled, {}
-        return found
+        return found | (dict(self.engine.counts) if self.engine else {})
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a step's record to the run's metrics, and show how it goes."""

@@ -75,6 +75,7 @@ def mean_accuracy(record: dict[str, Any]) -> float:
 def staleness(groups: Seq[Group], version: int) -> dict[str, float]:
     """By how many rollouts the weights that sampled are older than those that are trained."""
     steps = [version - r.version for group in groups for r in group.responses]
+    assert min(steps) >= 0, "sampled by weights that are not trained yet"
     return {
         "steps_off_policy_mean": float(np.mean(steps)),
         "steps_off_policy_max": max(steps),

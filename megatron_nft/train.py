@@ -56,11 +56,11 @@ def one_rollout(run: Run) -> None:
         lr = learning_rate(config, step)
         with timer.phase("update"):
             measured = run.policy.update(minibatch, lr)
+        record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
+        record_ |= step_statistics(measured, minibatch, config.objective)
         if step == state.step + 1 and run.samples and config.old_logp == "rollout":
             drift = old_logp.of_update(measured["log_ratio"], minibatch, state.rollout)
             old_logp.act_on(drift, config.drift)
-        record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
-        record_ |= step_statistics(measured, minibatch, config.objective)
     record_ |= rollout_statistics(groups, batch.tally, timer, state.rollout) | drift
     state = run.state = RunState(state.rollout + 1, step)
     if run.evaluates_after(state):

@@ -239,9 +239,8 @@ def _engine_rules(config: Config) -> Iterator[str]:
     if rollout.engine == "colocated" and config.parallel.num_processes % rollout.tensor:
         may_be = f"a divisor of parallel.num_processes = {config.parallel.num_processes}"
         yield _was("rollout.tensor", rollout.tensor, may_be)
-    longest = config.data.max_prompt_tokens + rollout.max_response_tokens
-    if optimizer.tokens_per_microbatch < longest:
-        may_be = f"at least max_prompt_tokens + max_response_tokens = {longest}"
+    if optimizer.tokens_per_microbatch < config.longest:
+        may_be = f"at least max_prompt_tokens + max_response_tokens = {config.longest}"
         yield _was("optimizer.tokens_per_microbatch", optimizer.tokens_per_microbatch, may_be)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -344,3 +345,22 @@ def test_a_run_goes_on_with_other_ends_and_other_looks(
     assert len(started) == 1
     after = snapshot(root / "run")
     assert {path: after[path] for path in before} == before
+
+
+def test_a_server_is_started_as_a_run_would_start_its_own(
+    root: Path, started: list[list[str]]
+) -> None:
+    overrides = ["data.max_prompt_tokens=7", "rollout.max_sequences=3", "seed=5"]
+    assert processes.serve(Path("recipe.yaml"), overrides, "node7", 8001) == 3  # its exit code
+    [launch] = started
+    options = dict(pairwise(launch))
+    expected = {"--model": "model", "--max-model-len": "23", "--max-num-seqs": "3", "--seed": "5"}
+    expected |= {"--host": "node7", "--port": "8001"}
+    assert {key: options[key] for key in expected} == expected
+    assert not Path("run").exists()
+
+
+def test_a_server_of_a_model_that_is_not_there(root: Path, started: list[list[str]]) -> None:
+    with pytest.raises(ValueError, match=r"model.path: nowhere has no config.json"):
+        processes.serve(Path("recipe.yaml"), ["model.path=nowhere"], "node7", 8001)
+    assert started == []

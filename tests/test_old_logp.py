@@ -3,14 +3,22 @@
 import logging
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from policies import configured, policy_of, weights_of
+from processes import run
+from reference import LR
+from toys import random_sequences, save_qwen2
 
 from megatron_nft import old_logp
-from megatron_nft.config import DriftConfig
+from megatron_nft.config import DriftConfig, ObjectiveConfig, ParallelConfig
 from megatron_nft.policy.packing import Sequence
 
+NFT = ObjectiveConfig(name="nft")
+LAYOUTS = {"TP2": {"tensor": 2}, "PP2": {"pipeline": 2}, "CP2": {"context": 2}, "DP2": {}}
 DELTAS = [np.array([0.0, 0.2, -0.3], np.float32), np.array([0.05], np.float32)]
 
 
@@ -98,10 +106,19 @@ def test_drift_of_an_update_is_of_what_its_own_version_sampled() -> None:
     assert all(key.startswith("off_policy_") for key in only_older)
 
 
-@pytest.mark.parametrize("mean", [0.51, math.inf, math.nan])
-def test_a_run_stops_above_the_limit(mean: float) -> None:
-    found = {"logp_delta_mean": mean, "logp_delta_max": 7.0}
+def test_a_run_stops_above_the_limit() -> None:
+    found = {"logp_delta_mean": 0.51, "logp_delta_max": 7.0}
     with pytest.raises(RuntimeError, match=r"drift.stop is 0.5.*raise drift.stop"):
+        old_logp.act_on(found, DriftConfig())
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("versions", [(3, 3), (3, 2), (2, 3), (2, 2)])
+def test_a_run_stops_at_what_is_no_number(versions: tuple[int, int], value: float) -> None:
+    minibatch = [replace(s, version=v) for s, v in zip(sequences(), versions, strict=True)]
+    deltas = [DELTAS[0], np.array([value], np.float32)]
+    found = old_logp.of_update(deltas, minibatch, version=3)
+    with pytest.raises(RuntimeError, match=r"no numbers: .*logp_delta_mean"):
         old_logp.act_on(found, DriftConfig())
 
 
@@ -116,3 +133,67 @@ def test_a_warning_below_it(
 
 def test_nothing_known_is_no_drift() -> None:
     old_logp.act_on({"off_policy_logp_delta_mean": 9.0}, DriftConfig())
+
+
+# both modes, through a policy
+
+
+def _updates(path: Path, layout: ParallelConfig, agrees: bool) -> dict[str, Any]:
+    """The drift of both modes, and the weights and what was measured after an update in each."""
+    policies = [policy_of(configured(path, NFT, layout)) for _ in range(2)]
+    answers = random_sequences(13)
+    if agrees:
+        own = policies[0].logp(answers)
+        answers = [replace(s, logp=p, old_logp=p) for s, p in zip(answers, own, strict=True)]
+    by_trainer, drift = old_logp.by_trainer(policies[0], answers, DriftConfig())
+    measured = [
+        policy.update(minibatch, LR)
+        for policy, minibatch in zip(policies, (by_trainer, answers), strict=True)
+    ]
+    drifts = [drift, old_logp.of_update(measured[1]["log_ratio"], answers, version=0)]
+    return {"drifts": drifts, "weights": [*map(weights_of, policies)], "measured": measured}
+
+
+def _in_layouts(path: Path, layouts: list[ParallelConfig]) -> list[dict[bool, Any]]:
+    from megatron_nft.policy import parallel
+
+    parallel.initialize(ParallelConfig(), seed=0)
+    found = []
+    for layout in layouts:
+        parallel.lay_groups(layout, seed=0)
+        found.append({agrees: _updates(path, layout, agrees) for agrees in (True, False)})
+    parallel.finalize()
+    return found
+
+
+@pytest.fixture(scope="module")
+def updates(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """By rank and layout."""
+    path = save_qwen2(tmp_path_factory.mktemp("model"))
+    found = run(_in_layouts, 2, path, [ParallelConfig(**options) for options in LAYOUTS.values()])
+    return [dict(zip(LAYOUTS, of_rank, strict=True)) for of_rank in found]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_an_engine_that_agrees_both_modes_are_one(
+    updates: list[dict[str, Any]], layout: str
+) -> None:
+    found = updates[0][layout][True]
+    by_trainer, by_engine = found["weights"]
+    assert by_trainer.keys() == by_engine.keys()
+    assert all(np.array_equal(by_trainer[name], by_engine[name]) for name in by_trainer)
+    for key in ("loss", "grad_norm", "ratio"):
+        np.testing.assert_array_equal(*(measured[key] for measured in found["measured"]))
+    assert not any(found["drifts"][0].values())
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_modes_measure_the_same_drift_on_every_rank(
+    updates: list[dict[str, Any]], layout: str
+) -> None:
+    by_trainer, by_engine = updates[0][layout][False]["drifts"]
+    assert by_trainer["logp_delta_mean"] > 0.1  # the engine's log-probabilities are random
+    assert by_engine == pytest.approx(by_trainer, rel=1e-5)
+    assert updates[1][layout][False]["drifts"] == [by_trainer, by_engine]  # to the bit

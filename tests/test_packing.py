@@ -1,5 +1,7 @@
 """Sequences packed into rows, against examples by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -127,15 +129,29 @@ def test_no_sequences_become_a_row_of_padding(multiple: int) -> None:
         assert values.shape == (0,)
 
 
-def _response(tokens: list[int], verdict: Verdict | None) -> Response:
+def test_a_token_is_weighted_by_its_own_importance_and_its_sequence() -> None:
+    first, *others = SEQUENCES
+    weighted = [replace(first, importance=np.array([0.5, 3.0], np.float32)), *others]
+    packed = micro_batch(weighted, [0.5, 0.125, 2.0], CPU, RowLayout())
+    assert packed.token_weights.tolist() == [0.25, 1.5, 0.125, 0.125, 0.125, 2.0]
+    assert packed.token_weights.dtype == torch.float32
+
+
+def test_an_importance_of_another_length_is_no_importance() -> None:
+    first, *others = SEQUENCES
+    with pytest.raises(RuntimeError, match="must match"):
+        micro_batch([replace(first, importance=np.ones(3)), *others], [1.0] * 3, CPU, RowLayout())
+
+
+def _response(tokens: list[int], verdict: Verdict | None, version: int = 0) -> Response:
     logp = -np.array(tokens, np.float32)
-    return Response(np.array(tokens, np.int32), logp, "stop", "", 0, 0, verdict)
+    return Response(np.array(tokens, np.int32), logp, "stop", "", 0, version, verdict)
 
 
 def test_only_judged_answers_become_sequences() -> None:
     problem = Problem("q", np.array([1, 2], np.int32), "7", "toy")
     responses = (
-        _response([3, 4], Verdict.CORRECT),
+        _response([3, 4], Verdict.CORRECT, version=7),
         _response([5], Verdict.UNVERIFIABLE),
         _response([6], Verdict.WRONG),
         _response([7], None),
@@ -148,3 +164,5 @@ def test_only_judged_answers_become_sequences() -> None:
     assert {s.group_accuracy for s in found} == {0.25}  # 1 of the 4 judged
     assert found[0].logp.tolist() == found[0].old_logp.tolist() == [-3, -4]
     assert [s.num_tokens for s in found] == [3, 2, 2]
+    assert [s.version for s in found] == [7, 0, 0]
+    assert all(s.importance is None for s in found)

@@ -117,6 +117,12 @@ IN_EVERY_LAYOUT = (  # the others in those of one and two processes alone, to sa
     "whole layers recomputed",
 )
 
+WEIGHTED = (  # tokens' losses, by variant and objective
+    ("1 micro-batches", "nft"),
+    ("each sequence alone", "nft"),
+    ("5 micro-batches", "nft, ratios of sequences"),  # no gradient is promised
+)
+
 
 # what the processes do
 
@@ -205,7 +211,12 @@ def _in_small_layouts(path: Path, layout: ParallelConfig) -> dict[str, Any]:
             for field in ("group_accuracy", "old_logp")
         },
         "bfloat16": _in_bfloat16(path, layout),
-        "weighted": gradient(path, NFT, layout, weighted(SEQUENCES)),
+        "weighted": {
+            (name, objective): gradient(
+                path, OBJECTIVES[objective], layout, weighted(SEQUENCES), VARIANTS[name]
+            )
+            for name, objective in WEIGHTED
+        },
         "at temperature 2": policy_of(configured(path, NFT, layout)).logp(SEQUENCES, 2.0),
     }
 
@@ -334,12 +345,15 @@ def test_a_rank_without_a_sequence_changes_nothing(
 
 @pytest.mark.processes
 @pytest.mark.parametrize("layout", SMALL)
+@pytest.mark.parametrize(("variant", "objective"), WEIGHTED)
 def test_tokens_are_weighted_and_the_denominator_is_not(
-    models: Models, ours: dict[str, Any], layout: str
+    models: Models, ours: dict[str, Any], variant: str, objective: str, layout: str
 ) -> None:
-    expected = reference(models_of(layout, models)[0], NFT, is_weighted=True)["gradient"]
-    assert worst(ours[layout]["weighted"], expected) <= 1e-5
-    assert worst(ours[layout]["variants"]["1 micro-batches"], expected) > 0.1  # it could fail
+    path = models_of(layout, models)[0]
+    expected = reference(path, OBJECTIVES[objective], is_weighted=True)["gradient"]
+    assert worst(ours[layout]["weighted"][variant, objective], expected) <= 1e-5
+    # it could fail; one sequence, hardly weighted, makes most of the gradient of sequence ratios
+    assert worst(reference(path, OBJECTIVES[objective])["gradient"], expected) > 1e-2
 
 
 @pytest.mark.processes

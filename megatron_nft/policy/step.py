@@ -78,7 +78,8 @@ class Policy:
         the sequences' order. The temperature is the rollout's unless another one is given.
         """
         bins, weights = self._bins(sequences), [0.0] * len(sequences)
-        parts = self._run_schedule(sequences, bins, weights, temperature, forward_only=True)
+        kept = self._run_schedule(sequences, bins, weights, temperature, forward_only=True)
+        parts = _on_every_rank(kept)
         return _by_sequence(parts, bins, sequences, "logp")
 
     def update(self, sequences: Seq[Sequence], lr: float) -> dict[str, Any]:
@@ -97,7 +98,7 @@ class Policy:
         self.optimizer.zero_grad()
         bins = self._bins(sequences)
         weights = token_weights(sequences, self.config.objective)
-        parts = self._run_schedule(sequences, bins, weights, forward_only=False)
+        parts = _on_every_rank(self._run_schedule(sequences, bins, weights, forward_only=False))
         log_ratio = _by_sequence(parts, bins, sequences, "log_ratio")
         measured = _merge(parts) | {"log_ratio": log_ratio}
         measured["grad_norm"] = self._step(measured["loss"], lr)
@@ -159,11 +160,9 @@ class Policy:
         temperature: float | None = None,
         *,
         forward_only: bool,
-    ) -> list[list[dict[str, np.ndarray]]]:
-        """Megatron's schedule over this rank's micro-batches.
-
-        Returns what the last stage kept of each, on every rank of every data-parallel rank.
-        """
+    ) -> list[dict[str, np.ndarray]]:
+        """Megatron's schedule over this rank's micro-batches; what the last stage kept of each."""
+        temperature = self.config.rollout.temperature if temperature is None else temperature
         mine = bins[parallel_state.get_data_parallel_rank()]
         layout = row_layout(self.config)
         micro_batches = (
@@ -188,9 +187,7 @@ class Policy:
             **schedule_options(self.chunks[0].config, self._row_lengths(sequences, mine)),
         )
         # only now: the schedule need not wait for the device
-        return _on_every_rank(
-            [{k: v.float().cpu().numpy() for k, v in tensors.items()} for tensors in kept]
-        )
+        return [{k: v.float().cpu().numpy() for k, v in tensors.items()} for tensors in kept]
 
     def _row_lengths(self, sequences: Seq[Sequence], bins: list[list[int]]) -> list[int]:
         """Tokens of this rank's row in each micro-batch, between two layers."""
@@ -200,7 +197,7 @@ class Policy:
         return [sum(spans) // num_sharers for spans in rows]
 
     def _forward(
-        self, temperature: float | None, data: Iterator[MicroBatch], model: torch.nn.Module
+        self, temperature: float, data: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, partial[Any]]:
         """Megatron's forward-step contract: the output tensor and the function of its loss."""
         batch = next(data)
@@ -209,9 +206,7 @@ class Policy:
             batch.row.positions[None],
             None,
             packed_seq_params=batch.row,
-            output_processor=partial(
-                self._logprobs, temperature=temperature or self.config.rollout.temperature
-            ),
+            output_processor=partial(self._logprobs, temperature=temperature),
             output_processor_context=batch,
         )
         return output, partial(self._loss, batch, with_objective=torch.is_grad_enabled())
@@ -292,7 +287,8 @@ def token_weights(sequences: Seq[Sequence], options: ObjectiveConfig) -> list[fl
     """What each sequence's token losses are multiplied by: the one place with a denominator.
 
     token_mean: 1 / all response tokens of the mini-batch; sequence_mean: 1 / (sequences · own
-    tokens); constant: 1 / options.constant (the official code's scale).
+    tokens); constant: 1 / options.constant (the official code's scale). Importance weights are in
+    none of them: where they are small, so is the step.
     """
     num_tokens = [len(s.response) for s in sequences]
     if options.denominator == "token_mean":

@@ -5,6 +5,7 @@ weights in place from an iterator of whole tensors under their Hugging Face name
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -66,6 +67,7 @@ class ColocatedEngine:
         self.num_engines = dist.get_world_size() // rollout.tensor
         self.number = dist.get_rank() // rollout.tensor
         self.version = -1
+        self.counts = Counter[str]()  # it ends with the process
 
     def generate(
         self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling

@@ -1,5 +1,6 @@
 """What an engine is: it takes weights, shows that it holds them, and answers questions."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +34,7 @@ class Engine(Protocol):
 
     version: int  # of the weights that they hold; −1 before any came
     is_collective: bool  # every process samples its share; else only rank 0 calls generate
+    counts: Counter[str]  # of what went wrong and was made good, since the start
 
     def generate(
         self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling
