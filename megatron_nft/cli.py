@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from checkpoints_conversion import commands as conversion
 from megatron_nft import __version__
@@ -100,10 +101,10 @@ def _train(arguments: argparse.Namespace) -> int:
     return run(arguments.recipe, arguments.overrides)
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def _serve(arguments: argparse.Namespace) -> NoReturn:
     from megatron_nft.processes import serve
 
-    return serve(arguments.recipe, arguments.overrides, arguments.host, arguments.port)
+    serve(arguments.recipe, arguments.overrides, arguments.host, arguments.port)
 
 
 def _report(arguments: argparse.Namespace) -> int:

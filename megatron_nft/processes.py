@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_nft import recipe
 from megatron_nft.config import Config
@@ -47,8 +48,8 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     return subprocess.run(command, env=environment).returncode
 
 
-def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> int:
-    """Run a vLLM server of the recipe's model until it ends; its exit code.
+def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> NoReturn:
+    """Become a vLLM server of the recipe's model: what ends this process ends the server.
 
     Raises:
         ValueError: see recipe.load; or the model cannot be used.
@@ -67,7 +68,7 @@ def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> int:
         config.seed,
         *where,
     )
-    return subprocess.run(command, env=servers.environment(config.rollout, gpus=[])).returncode
+    os.execve(command[0], command, servers.environment(config.rollout, gpus=[]))
 
 
 def num_processes_of(config: Config) -> int:

@@ -181,6 +181,7 @@ class Run(ExitStack):
             seed=config.seed,
         )
         self.callback(engine.close)
+        engine.sleep()  # until it is given weights
         return engine
 
     @contextmanager

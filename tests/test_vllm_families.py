@@ -55,7 +55,8 @@ def _answers(engine: object) -> Answers:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, VOCAB_SIZE, 3 + i).astype(np.int32) for i in range(4)]
     problems = [Problem(str(i), prompt, "1", "toy") for i, prompt in enumerate(prompts)]
-    answered = engine.generate(problems, Sampling(3, 1.0, 1.0, 12, seed=0))
+    sampling = Sampling(3, 1.0, 1.0, 12, seed=0)
+    answered = engine.generate(problems, [1.0] * len(problems), sampling)
     return [(prompts[i], r.tokens, r.logp) for i, rs in answered for r in rs]
 
 
