@@ -24,7 +24,10 @@ CHANGEABLE = (
     "verify.",
     "memory.",
     "rollout.memory_fraction",
+    "rollout.max_asks",
     "rollout.num_servers",
+    "rollout.on_short_batch",
+    "rollout.probe_tolerance",
     "rollout.servers",
     "rollout.start_timeout_s",
     "rollout.stall_timeout_s",
@@ -43,7 +46,7 @@ def check(config: Config, num_processes: int) -> None:
     """
     check_run_directory(config)
     check_transformer_engine(config)
-    hf_config = check_engine(config)
+    hf_config = check_engine(config, is_here=not config.rollout.servers)
     path = Path(config.model.path)
     check_layout(hf_config, config.parallel, num_processes)
     check_fp8(hf_config, config)
@@ -67,13 +70,17 @@ def check(config: Config, num_processes: int) -> None:
         load_problems(source, config.data, tokenizer)
 
 
-def check_engine(config: Config) -> PretrainedConfig:
-    """What a vLLM server by itself needs of a recipe; the model's configuration."""
+def check_engine(config: Config, is_here: bool) -> PretrainedConfig:
+    """What a vLLM server by itself needs of a recipe; the model's configuration.
+
+    Args:
+        is_here: it is to run on this host.
+    """
     with naming("model.path"):
         hf_config = read_hf_config(Path(config.model.path))
     check_lengths(config, hf_config)
     trouble = fp8_rollout_trouble() if config.rollout.quantization == "fp8" else None
-    if trouble and not config.rollout.servers:  # which may run elsewhere
+    if trouble and is_here:
         raise ValueError(f"rollout.quantization=fp8: {trouble}; set none, or run it elsewhere")
     return hf_config
 

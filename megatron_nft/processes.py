@@ -58,7 +58,7 @@ def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> NoRetur
     from megatron_nft.preflight import check_engine
     from megatron_nft.rollout import servers
 
-    check_engine(config)
+    check_engine(config, is_here=True)
     where = ("--host", host, "--port", port)
     command = servers.command(
         Path(config.model.path),

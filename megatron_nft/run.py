@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from transformers import AutoTokenizer
 
 from checkpoints_conversion import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
-from megatron_nft import recipe
+from megatron_nft import old_logp, recipe
 from megatron_nft.config import Config, SourceConfig
 from megatron_nft.evaluate import evaluate
 from megatron_nft.export_check import check_export
 from megatron_nft.metrics import MetricsLog, PhaseTimer
 from megatron_nft.policy import checkpoint
 from megatron_nft.policy.checkpoint import RunState
+from megatron_nft.policy.packing import sequences_of
 from megatron_nft.policy.step import Policy
 from megatron_nft.problems import load_problems
 from megatron_nft.rollout import saving
@@ -37,6 +39,9 @@ from megatron_nft.rollout.records import write_groups
 from megatron_nft.rollout.remote import RemoteEngine
 from megatron_nft.verify.pool import Verifier
 
+PATIENCE = timedelta(days=7)  # with what other ranks wait for while they have nothing to do
+DRIFT_QUESTIONS, DRIFT_TOKENS = 16, 64  # of which drift is measured where nothing else shows it
+
 logger = logging.getLogger("megatron_nft")
 
 
@@ -49,6 +54,7 @@ class Run(ExitStack):
         self.directory = Path(config.run_dir)
         self.timer = PhaseTimer()
         self.is_main = dist.get_rank() == 0
+        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
         path = Path(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.verifier = self._start_verifier()
@@ -120,10 +126,10 @@ class Run(ExitStack):
         trains on was sampled by the weights of `max_steps_off_policy` rollouts before, exactly.
         """
         rollout, options = self.state.rollout, self.config.rollout
-        if options.in_flight_updates or not on_main(lambda: rollout in self.ahead):
+        if options.in_flight_updates or not self._on_main(lambda: rollout in self.ahead):
             self.hand_over_weights()
         with self.timer.phase("rollout"):
-            batch = on_main(lambda: self.ahead.take(rollout))
+            batch = self._on_main(lambda: self.ahead.take(rollout))
         last = min(rollout + options.max_steps_off_policy, self.config.rollouts - 1)
         if rollout < last:
             self.hand_over_weights()
@@ -181,6 +187,8 @@ class Run(ExitStack):
             seed=config.seed,
         )
         self.callback(engine.close)
+        self.callback(self.ahead.cancel)  # before the engine closes: else the next batch begins
+        self._on_main(lambda: None)  # who has no servers to start waits here
         engine.sleep()  # until it is given weights
         return engine
 
@@ -201,6 +209,49 @@ class Run(ExitStack):
             return
         with self.timer.phase("weights"):
             self.sampled |= hand_over(self.policy, self.engine, self.state.rollout)
+            if not self.engine.is_collective and self.config.rollout.max_steps_off_policy:
+                self.sampled |= self._measure_drift()
+
+    def _measure_drift(self) -> dict[str, float]:
+        """How far the newest weights' answers are from the policy, where none of them trains.
+
+        A few short answers, sampled as those of a batch are; collective.
+        """
+        options = self.config.rollout
+        problems = self.problems[:DRIFT_QUESTIONS]
+        sampling = Sampling(
+            answers=1,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_tokens=min(DRIFT_TOKENS, options.max_response_tokens),
+            seed=_mix(self.config.seed, self.state.rollout),
+        )
+        expected = [1.0] * len(problems)
+        asked = partial(self.engine.generate, problems, expected, sampling)
+        answers = [
+            Group(problems[i], tuple(replace(r, verdict=Verdict.WRONG) for r in responses))
+            for i, responses in self._on_main(asked)
+        ]
+        limits = replace(self.config.drift, importance_cap=0.0)
+        _, found = old_logp.by_trainer(self.policy, sequences_of(answers), limits)
+        old_logp.act_on(found, limits)
+        return found
+
+    def _on_main(self, function: Callable[[], Any]) -> Any:
+        """What rank 0 gets from a function, on every rank; errors there are raised on all.
+
+        The others wait however long that takes: sampling may well take longer than a collective.
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (RuntimeError, ValueError, OSError) as error:
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, group=self._patient)
+        if outcome[1] is not None:
+            raise RuntimeError(outcome[1])
+        return outcome[0]
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the held-out sets, by the newest weights; collective."""
@@ -208,7 +259,7 @@ class Run(ExitStack):
             self.ahead.settle()
         evaluated = partial(evaluate, self.engine, self.verifier, self.eval_sets, self.config)
         with self._sampling(), self.timer.phase("evaluate"):
-            metrics = evaluated() if self.engine.is_collective else on_main(evaluated)
+            metrics = evaluated() if self.engine.is_collective else self._on_main(evaluated)
         for key, value in metrics.items():
             if key.endswith("/unverifiable_rate"):
                 self._check_verifier(key, value)
@@ -228,7 +279,8 @@ class Run(ExitStack):
         self.order.position = state.position
         if self.samples:
             problems = {problem.id: problem for problem in self.problems}
-            for rollout, batch in saving.load(path, self.collector, problems).items():
+            ahead = saving.load(path, self.collector, problems)
+            for rollout, batch in ahead.items() if self.is_main else ():
                 self.ahead.put(rollout, batch)
         if self.is_main:
             logger.warning("resuming from %s", path)
@@ -308,20 +360,6 @@ def _solution(problem: Problem) -> Group:
     blank = np.zeros(len(tokens), np.float32)
     answer = Response(tokens, blank, "stop", text="", seed=0, version=0, verdict=Verdict.CORRECT)
     return Group(problem, (answer,))
-
-
-def on_main(function: Callable[[], Any]) -> Any:
-    """What rank 0 gets from a function, on every rank; a RuntimeError there is raised on all."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = function()
-        except RuntimeError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise RuntimeError(outcome[1])
-    return outcome[0]
 
 
 def _mix(*numbers: int) -> int:

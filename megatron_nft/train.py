@@ -112,7 +112,9 @@ def run_process(path: Path, overrides: list[str]) -> None:
     """What every process under torchrun does."""
     config = recipe.load(path, overrides)
     fp8.check_environment(config.fp8)
-    parallel.initialize(config.parallel, config.seed)
+    # rank 0 may wait for a server in the middle of a hand-over
+    timeout_s = max(1800.0, 2 * config.rollout.start_timeout_s)
+    parallel.initialize(config.parallel, config.seed, timeout_s)
     check_once(config)
     train(config)
     parallel.finalize()  # not after an exception: the others may be waiting in a collective

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_nft.config import OBJECTIVE_NAMES, Config, ParallelConfig
+from megatron_nft.config import OBJECTIVE_NAMES, Config, ParallelConfig, RolloutConfig
 from megatron_nft.problems import TEMPLATES
 
 
@@ -172,6 +172,7 @@ def _rules_between_keys(config: Config) -> Iterator[str]:
     yield from _precision_rules(config)
     yield from _batch_rules(config)
     yield from _evaluation_rules(config)
+    yield from _server_rules(config.rollout)
     if not config.data.train:
         yield _was("data.train", [], "a list of at least one file: [{path: …}]")
     if config.objective.name != "sft":
@@ -244,8 +245,7 @@ def _engine_rules(config: Config) -> Iterator[str]:
         yield _was("optimizer.tokens_per_microbatch", optimizer.tokens_per_microbatch, may_be)
 
 
-def _off_policy_rules(config: Config) -> Iterator[str]:
-    rollout, steps = config.rollout, config.rollout.max_steps_off_policy
+def _server_rules(rollout: RolloutConfig) -> Iterator[str]:
     for i, address in enumerate(rollout.servers):
         if not re.fullmatch(r"https?://[^/\s]+:\d+", address):
             yield _was(f"rollout.servers[{i}]", address, "http://HOST:PORT")
@@ -255,6 +255,10 @@ def _off_policy_rules(config: Config) -> Iterator[str]:
         for key in ("servers", "in_flight_updates"):
             if value := getattr(rollout, key):
                 yield _was(f"rollout.{key}", value, "given only where rollout.engine is remote")
+
+
+def _off_policy_rules(config: Config) -> Iterator[str]:
+    rollout, steps = config.rollout, config.rollout.max_steps_off_policy
     if steps and config.old_logp != "rollout":
         may_be = "rollout where rollout.max_steps_off_policy is above 0: the weights that sampled "
         yield _was("old_logp", config.old_logp, may_be + "are gone by then")

@@ -59,6 +59,28 @@ def test_a_batch_of_before_is_not_made_again() -> None:
     assert maker.made == []
 
 
+def test_settling_leaves_what_failed_to_whom_it_concerns() -> None:
+    maker = Maker()
+    maker.may.set()
+    ahead = Ahead(maker)
+    for rollout in (12, 13, 14):
+        ahead.start(rollout)
+    assert ahead.settle().keys() == {12, 14}
+    with pytest.raises(RuntimeError, match="unlucky"):
+        ahead.take(13)
+
+
+def test_closing_makes_nothing_more_and_waits_for_what_is_being_made() -> None:
+    maker = Maker()
+    ahead = Ahead(maker)
+    for rollout in (1, 2, 3):
+        ahead.start(rollout)
+    ahead.cancel()
+    maker.may.set()
+    ahead.close()
+    assert maker.made in ([], [1])
+
+
 def test_what_making_raised_is_raised_where_it_is_taken() -> None:
     maker = Maker()
     maker.may.set()

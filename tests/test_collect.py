@@ -145,6 +145,18 @@ def test_questions_that_were_cut_off_are_asked_first_the_next_time() -> None:
     assert sampler.collector.cut == []
 
 
+def test_no_question_is_lost_where_more_were_cut_off_than_are_asked_next() -> None:
+    sampler = Sampler("+-+-", cut=5, questions=2, keep_surplus=False)
+    assert sampler.batch()[0] == [0, 1]  # 1 to 5 were cut off, then 2 to 6 of 1 to 6
+    assert ids(sampler.collector.cut) == [2, 3, 4, 5, 6]
+    sampler.collector._options = options(questions=2, questions_asked=3, keep_surplus=False)
+    sampler.num_cut = 0
+    assert sampler.batch()[0] == [2, 3]
+    assert ids(sampler.collector.cut) == [5, 6]
+    assert sampler.batch()[0] == [5, 6]
+    assert sampler.asked == [[5, 6, 7]]
+
+
 def test_a_batch_that_is_filled_by_the_last_ask_is_whole() -> None:
     sampler = Sampler("+-+-", "++++", "++++", questions=6, on_short_batch="stop")  # two of six
     assert len(sampler.batch()[0]) == 6

@@ -104,7 +104,7 @@ def _sleep_and_wake(path: Path) -> dict[str, Any]:
     from checkpoints_conversion.stream import stream
     from megatron_nft.rollout.engine import Sampling
 
-    options = RolloutConfig(max_response_tokens=12, max_sequences=32)
+    options = RolloutConfig(max_response_tokens=12, max_sequences=4)
     policy, engine = _policy_and_engine(path, options, ParallelConfig())
     calls: list[str] = []
     for name in ("sleep", "wake_up", "collective_rpc", "reset_prefix_cache"):
@@ -129,7 +129,14 @@ def _sleep_and_wake(path: Path) -> dict[str, Any]:
     found["version asleep"] = engine.version
     found["refused"] = [refused(ask), refused(lambda: engine.probe([TEXT]))]
     engine.load_weights(stream(policy.chunks, policy.hf_config), 0)
-    return found | {"after": ask(), "through sleep": calls}
+    found |= {"after": ask(), "through sleep": list(calls)}
+    cut = engine.generate(
+        _problems(), [1.0] * 5, Sampling(2, 1.0, 1.0, 12, seed=0, finish_fraction=0.4)
+    )
+    found["cut"] = [(i, len(answers)) for i, answers in cut]
+    found["left over"] = len(engine._llm.llm_engine.output_processor.parent_requests)
+    engine.load_weights(stream(policy.chunks, policy.hf_config), 1)
+    return found | {"after a cut": ask()}
 
 
 def _noting(calls: list[str], name: str, function: Any) -> Any:
@@ -155,6 +162,10 @@ def test_an_engine_sleeps_until_weights_come(tmp_path: Path) -> None:
     assert found["refused"] == [True, True]
     assert (found["version before"], found["version asleep"]) == (0, -1)
     assert found["before"] == found["after"]
+    assert 2 <= len(found["cut"]) < 5  # a step may finish several
+    assert {num for _, num in found["cut"]} == {2}
+    assert found["left over"] == 0
+    assert found["after a cut"] == found["before"]
     given_back, kept = found["metrics"].values()
     assert kept > 0.05  # this process, torch and vLLM
     assert abs(given_back) < 0.05 or host.has_cuda()  # a CPU host gives nothing back

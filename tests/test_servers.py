@@ -18,7 +18,6 @@ import pytest
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout import servers
 from megatron_nft.rollout.client import Client, ServerError, Unreachable
-from megatron_nft.rollout.receiver import FP8
 from megatron_nft.rollout.remote import RemoteEngine, stop_ids
 
 OPTIONS = RolloutConfig(engine="remote", num_servers=2, tensor=2, max_sequences=8)
@@ -39,7 +38,7 @@ def test_command_has_what_decides_samples() -> None:
     assert "--tokens-only" in command
     assert "--quantization" not in command
     fp8 = servers.command(Path("/m"), RolloutConfig(quantization="fp8"), "bfloat16", 100, 7)
-    assert fp8[fp8.index("--quantization") + 1] == FP8
+    assert fp8[fp8.index("--quantization") + 1] == "fp8_per_channel"
 
 
 def test_environment_leaves_torchrun_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,10 +37,17 @@ class Ahead:
         return self._batches.pop(rollout).result()
 
     def settle(self) -> dict[int, Batch]:
-        """Wait until nothing is being made; what was made and not yet taken, by rollout."""
-        wait(self._batches.values())
-        return {rollout: future.result() for rollout, future in self._batches.items()}
+        """Wait until nothing is being made; what was made and not yet taken, by rollout.
 
-    def close(self) -> None:
+        What failed is not among them: `take` raises it.
+        """
+        wait(self._batches.values())
+        return {r: future.result() for r, future in self._batches.items() if not future.exception()}
+
+    def cancel(self) -> None:
         """Make nothing more; what is being made goes on until its engine ends."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Wait for what is being made, which may have failed."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -20,6 +20,11 @@ class Question:
     params: Params
 
 
+def number_of(version: str) -> int:
+    """−1 for what vLLM calls weights that nobody has named."""
+    return -1 if version == "default" else int(version)
+
+
 class Batch:
     """Questions by their numbers, in the order in which they are to be asked.
 
@@ -71,8 +76,14 @@ class Batch:
         return min(free, key=lambda m: m.num_questions, default=None)
 
     async def _ask(self, member: Member, number: int) -> list[Answer]:
-        question = self._questions[number]
+        question, oldest = self._questions[number], member.version
         choices = (await member.ask(question.tokens, question.params)).choices
+        versions = {
+            number_of(span.version) for choice in choices for span in choice.weight_versions
+        }
+        if min(versions) < oldest or max(versions) > self._fleet.weights.version:
+            member.lose(f"it answered by weights of versions {sorted(versions)}, not {oldest}")
+            raise ServerError(member.trouble)
         for choice in choices:
             if choice.finish_reason == "abort":
                 raise ServerError("it was told to abort")

@@ -67,7 +67,7 @@ class Collector:
                 break
             problems = self._take(self._num_to_ask(options.questions - len(kept), tally))
             asked = ask(problems, self.experience.expected_tokens(problems), attempt)
-            self.cut = asked.cut
+            self.cut = asked.cut + self.cut
             tally.merge(asked.tally)
             kept += asked.mixed
         if len(kept) < options.questions:
@@ -84,7 +84,7 @@ class Collector:
 
     def _take(self, num: int) -> list[Problem]:
         """The questions that were cut off, then new ones."""
-        again, self.cut = self.cut[:num], []
+        again, self.cut = self.cut[:num], self.cut[num:]
         return again + self._order.take(num - len(again))
 
     def _accept_short(self, kept: list[Group], tally: Tally) -> None:
@@ -95,8 +95,8 @@ class Collector:
         raise RuntimeError(
             f"{options.max_asks} times asked, {tally.num_groups} questions gave {len(kept)} groups "
             f"with right and wrong answers, wanted {options.questions}; groups by accuracy: "
-            f"{tally.histogram()}. Choose questions of another difficulty, or raise "
-            f"rollout.answers or rollout.max_asks{remedy}"
+            f"{tally.histogram()}. Raise rollout.max_asks{remedy}; or begin a run with questions "
+            "of another difficulty or more rollout.answers"
         )
 
 

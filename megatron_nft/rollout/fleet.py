@@ -195,6 +195,7 @@ class Fleet:
         self.members, self.weights, self._counts = members, weights, counts
         self._start_timeout_s = options.start_timeout_s
         self._stall_timeout_s = options.stall_timeout_s
+        self._in_flight = options.in_flight_updates
         self._watchers: list[asyncio.Task[None]] = []
 
     @property
@@ -207,6 +208,7 @@ class Fleet:
             member.start(self.weights.path)
         await asyncio.gather(*(m.until_ready(self._start_timeout_s) for m in self.members))
         for member in self.members:
+            member.version = self.weights.version
             member.join()
             self._watchers.append(asyncio.create_task(self._watch(member)))
 
@@ -237,7 +239,8 @@ class Fleet:
         return {name: d for m in self.live if m.version == weights.version for name, d in _named(m)}
 
     async def _give(self, member: Member) -> None:
-        is_running = member.num_questions > 0
+        # A batch that is under way may ask at any time: nothing is to be sampled meanwhile.
+        is_running = self._in_flight or member.num_questions > 0
         task = member.begin(member.take(self.weights, self._start_timeout_s, is_running=is_running))
         await asyncio.wait([task])
         if not task.cancelled() and isinstance(task.exception(), ServerError):
@@ -246,9 +249,15 @@ class Fleet:
             task.result()
 
     async def probe(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-        """See Engine.probe."""
+        """See Engine.probe; of at least one. Raises RuntimeError: see check."""
+        while not (found := await self._probe_live(texts)):
+            self.check()
+            await asyncio.sleep(LOOK_EVERY_S)
+        return found
+
+    async def _probe_live(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
         found = {}
-        for member in self.live:
+        for member in [m for m in self.live if m.version == self.weights.version]:
             task = member.begin(self._probe(member, texts))
             await asyncio.wait([task])
             if not task.cancelled() and not isinstance(task.exception(), ServerError):

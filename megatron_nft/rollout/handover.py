@@ -142,8 +142,9 @@ def probe_texts(config: Config, vocab_size: int) -> list[np.ndarray]:
 
 
 def allowed(config: Config) -> float:
-    """The recipe's tolerance, or that of the coarsest numbers that the engine computes with."""
-    kind = "fp8" if config.rollout.quantization == "fp8" else config.model.dtype
+    """The recipe's tolerance, or that of the coarsest numbers that either side computes with."""
+    has_fp8 = config.rollout.quantization == "fp8" or config.fp8.format != "off"
+    kind = "fp8" if has_fp8 else config.model.dtype
     return config.rollout.probe_tolerance or TOLERANCES[kind]
 
 

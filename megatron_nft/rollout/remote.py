@@ -26,7 +26,7 @@ from checkpoints_conversion import megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config, read_json
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout import servers
-from megatron_nft.rollout.batch import Batch, Question
+from megatron_nft.rollout.batch import Batch, Question, number_of
 from megatron_nft.rollout.client import Answer, Client
 from megatron_nft.rollout.engine import Answers, Digests, Sampling, seed_of
 from megatron_nft.rollout.fleet import ANSWER_WITHIN_S, Fleet, Member, Weights
@@ -71,6 +71,7 @@ class RemoteEngine:
         self._processes: list[ServerProcess] = []
         self._fleet: Fleet | None = None
         self._thread: threading.Thread | None = None
+        self._closing, self._is_closed = threading.Lock(), False
         if dist.is_initialized() and dist.get_rank() != 0:
             return
         self._loop = asyncio.new_event_loop()
@@ -135,12 +136,15 @@ class RemoteEngine:
         """End the servers that were started here; a batch under way ends in a RuntimeError."""
         if self._thread is None:
             return
+        with self._closing:
+            self._is_closed = True
         asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
         self._thread = None
         servers.end(self._processes)
+        shutil.rmtree(self._weights_directory, ignore_errors=True)
 
     # servers
 
@@ -196,7 +200,11 @@ class RemoteEngine:
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
         """What a coroutine returns that runs on the servers' loop."""
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:  # else it may reach a loop that is about to stop, and wait for ever
+            if self._is_closed:
+                work.close()
+                raise RuntimeError("the engine was closed meanwhile")
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -257,7 +265,7 @@ class RemoteEngine:
             finish=answer.finish_reason,
             text=self._tokenizer.decode(tokens, skip_special_tokens=True),
             seed=seed + answer.index,
-            version=min(_number(span.version) for span in answer.weight_versions),
+            version=min(number_of(span.version) for span in answer.weight_versions),
         )
 
 
@@ -267,8 +275,3 @@ def stop_ids(path: Path, tokenizer: Any) -> list[int]:
     configured = (read_json(file) if file.exists() else {}).get("eos_token_id") or []
     configured = [configured] if isinstance(configured, int) else configured
     return sorted({tokenizer.eos_token_id, *configured} - {None})
-
-
-def _number(version: str) -> int:
-    """−1 for what vLLM calls weights that nobody has named."""
-    return -1 if version == "default" else int(version)

@@ -63,7 +63,7 @@ def environment(rollout: RolloutConfig, gpus: Sequence[str]) -> dict[str, str]:
     ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": path}
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
     needed = host.server_environment(rollout.cpu_kv_cache_gib, rollout.num_servers)
-    return dict(needed) | kept | ours | visible
+    return kept | dict(needed) | ours | visible
 
 
 def shares_of_gpus(rollout: RolloutConfig, num_gpus: int) -> list[list[str]]:
