@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from megatron_nft.arithmetic import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-ANSWER_TOKENS = 28
+LEAST_TOKENS, MOST_TOKENS = 4, 28  # of an answer, all lengths equally likely
 
 
 def pupil() -> ModuleType:
@@ -60,7 +60,7 @@ def test_a_toy_step_is_measured() -> None:
     figures, phases = tables(done.stdout)
     seconds, tokens = float(figures["s/step"]), float(figures["tokens/step"].replace(",", ""))
     assert figures["answers/step"] == "128"
-    assert tokens == pytest.approx(128 * ANSWER_TOKENS, rel=0.2)
+    assert tokens == pytest.approx(128 * (LEAST_TOKENS + MOST_TOKENS) / 2, rel=0.3)
     assert 0 < float(figures["trained on"].replace(",", "")) <= tokens
     assert float(figures["tokens/s"].replace(",", "")) == pytest.approx(tokens / seconds, rel=0.02)
     assert float(figures["CPU s"]) > 0
