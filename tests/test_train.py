@@ -19,7 +19,7 @@ from megatron_nft.problems import load_problems
 
 pytestmark = pytest.mark.processes
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-VOLATILE = ("seconds/", "tokens_per_second", "peak_memory")
+VOLATILE = ("seconds/", "tokens_per_second", "peak_memory", "engine_gib", "device_gib")
 COLD_START = """
 run_dir: {root}/cold
 rollouts: 60

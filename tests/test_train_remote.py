@@ -1,6 +1,8 @@
 """The command `megatron-nft train` with vLLM servers: in turns, ahead, in flight, resumed."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -65,3 +67,19 @@ def test_weights_in_flight(root: Path) -> None:  # noqa: F811
     assert [r["step"] for r in records] == list(range(9))
     assert max(of_rollouts(run_dir, "steps_off_policy_max")) in (1, 2)
     assert max(of_rollouts(run_dir, "probe_delta_max")) <= 1e-4
+
+
+def test_a_run_that_fails_while_it_samples_ahead_ends_with_all_it_started(
+    root: Path,  # noqa: F811
+) -> None:
+    run_dir = root / "failing"
+    changed = ["rollout.in_flight_updates=true", "rollout.max_steps_off_policy=2"]
+    changed += ["optimizer.lr=1e30", "evaluate.every=0"]  # no number is left after one update
+    command = [sys.executable, "-m", "megatron_nft", "train", str(root / "recipe.yaml")]
+    command += [f"run_dir={run_dir}", *AHEAD[:-1], *changed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "FloatingPointError" in done.stderr
+    lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(run_dir) not in lines
+    assert not (run_dir / "engine" / "weights").exists()
