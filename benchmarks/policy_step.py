@@ -140,10 +140,7 @@ class TimedPolicy(Policy):
     _step = timed("optimizer", Policy._step)
 
     def _forward(
-        self,
-        temperature: float,
-        data: Iterator[packing.MicroBatch],
-        model: torch.nn.Module,
+        self, temperature: float, data: Iterator[packing.MicroBatch], model: torch.nn.Module
     ) -> Any:
         return self._run_layers(temperature, iter([self._pack(data)]), model)
 

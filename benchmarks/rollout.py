@@ -189,15 +189,16 @@ def weights(options: argparse.Namespace, folder: Path) -> None:
     for name, sizes in SIZES.items():
         path = save_qwen2(folder / name, vocab_size=67, num_attention_heads=4, **sizes)
         save_tokenizer(path)
-        num_bytes, handed, copied = run(_weights, 1, path, options.repeats)[0]
+        num_bytes, handed, copied, off = run(_weights, 1, path, options.repeats)[0]
         row = [name, f"{num_bytes / 2**20:,.0f}", f"{handed:.3f}"]
         row += [f"{num_bytes / s / 1e9:.2f}" for s in (handed, copied)]
-        rows.append([*row, f"{handed / copied:.1f}"])
+        rows.append([*row, f"{handed / copied:.1f}", f"{off:.1e}"])
     columns = "", "MiB", "hand-over s", "GB/s", "memory copy GB/s", "× the copy's time"
+    columns += ("probe, mean |Δlogp|",)
     table("Weights, float32", columns, rows)
 
 
-def _weights(path: Path, repeats: int) -> tuple[int, float, float]:
+def _weights(path: Path, repeats: int) -> tuple[int, float, float, float]:
     import torch
     from megatron_nft.rollout.handover import hand_over
     from policies import policy_of
@@ -213,11 +214,13 @@ def _weights(path: Path, repeats: int) -> tuple[int, float, float]:
     policy = policy_of(config)
     whole = torch.cat([p.detach().flatten() for p in policy.chunks[0].parameters()])
     copy = torch.empty_like(whole)
-    handed, copied = [], []
+    handed, copied, off = [], [], 0.0
     for version in range(repeats + 1):
-        handed.append(_seconds(partial(hand_over, policy, engine, version)))
+        start = time.perf_counter()
+        off = hand_over(policy, engine, version)["probe_delta_mean"]
+        handed.append(time.perf_counter() - start)
         copied.append(_seconds(partial(copy.copy_, whole)))
-    return whole.numel() * whole.element_size(), median(handed[1:]), median(copied[1:])
+    return whole.numel() * whole.element_size(), median(handed[1:]), median(copied[1:]), off
 
 
 def _seconds(function: Callable[[], Any]) -> float:

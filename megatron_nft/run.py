@@ -22,9 +22,8 @@ from megatron_nft.config import Config, SourceConfig
 from megatron_nft.evaluate import evaluate
 from megatron_nft.export_check import check_export
 from megatron_nft.metrics import MetricsLog, PhaseTimer
-from megatron_nft.policy import checkpoint
+from megatron_nft.policy import checkpoint, packing
 from megatron_nft.policy.checkpoint import RunState
-from megatron_nft.policy.packing import sequences_of
 from megatron_nft.policy.step import Policy
 from megatron_nft.problems import load_problems
 from megatron_nft.rollout import saving
@@ -228,13 +227,12 @@ class Run(ExitStack):
         )
         expected = [1.0] * len(problems)
         asked = partial(self.engine.generate, problems, expected, sampling)
-        answers = [
-            Group(problems[i], tuple(replace(r, verdict=Verdict.WRONG) for r in responses))
-            for i, responses in self._on_main(asked)
-        ]
-        limits = replace(self.config.drift, importance_cap=0.0)
-        _, found = old_logp.by_trainer(self.policy, sequences_of(answers), limits)
-        old_logp.act_on(found, limits)
+        answers = [(problems[i].prompt_tokens, r) for i, (r,) in self._on_main(asked)]
+        logp = self.policy.logp(
+            [packing.Sequence(p, r.tokens, r.logp, r.logp, False, 0.0) for p, r in answers]
+        )
+        found = old_logp.drift([ours - r.logp for ours, (_, r) in zip(logp, answers, strict=True)])
+        old_logp.act_on(found, self.config.drift)
         return found
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
@@ -243,20 +241,26 @@ class Run(ExitStack):
         The others wait however long that takes: sampling may well take longer than a collective.
         """
         outcome: list[Any] = [None, None]
+        failure: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = function()
             except (RuntimeError, ValueError, OSError) as error:
-                outcome[1] = str(error)
+                failure, outcome[1] = error, str(error)
         dist.broadcast_object_list(outcome, src=0, group=self._patient)
+        if failure:
+            raise failure
         if outcome[1] is not None:
             raise RuntimeError(outcome[1])
         return outcome[0]
 
+    def _settle(self) -> None:
+        """Wait until nothing is sampled ahead; collective."""
+        self._on_main(lambda: len(self.ahead.settle()))
+
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the held-out sets, by the newest weights; collective."""
-        if self.is_main:
-            self.ahead.settle()
+        self._settle()
         evaluated = partial(evaluate, self.engine, self.verifier, self.eval_sets, self.config)
         with self._sampling(), self.timer.phase("evaluate"):
             metrics = evaluated() if self.engine.is_collective else self._on_main(evaluated)
@@ -335,6 +339,7 @@ class Run(ExitStack):
 
     def save(self) -> None:
         """Write a checkpoint; waits for what is being sampled."""
+        self._settle()
         waiting = self.ahead.settle()
         checkpoint.save(
             self.directory / "checkpoints",

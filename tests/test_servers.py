@@ -18,7 +18,8 @@ import pytest
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout import servers
 from megatron_nft.rollout.client import Client, ServerError, Unreachable
-from megatron_nft.rollout.remote import RemoteEngine, stop_ids
+from megatron_nft.rollout.engine import stop_ids
+from megatron_nft.rollout.remote import RemoteEngine
 
 OPTIONS = RolloutConfig(engine="remote", num_servers=2, tensor=2, max_sequences=8)
 

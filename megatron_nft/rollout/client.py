@@ -1,7 +1,7 @@
 """What is asked of one vLLM server, and what it says, over HTTP.
 
-Tokens go in and out (`/inference/v1/generate`): as fast as `/v1/completions`, with the same
-parameters as the in-process engine's and no tokenizer, and it tells which weights sampled what.
+Tokens go in and out (`/inference/v1/generate`), with the same parameters as the in-process engine's
+and without a tokenizer, and the server tells which weights sampled what.
 """
 
 import math

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.policy import host
-from megatron_nft.rollout.engine import Answers, Digests, Sampling, seed_of
+from megatron_nft.rollout.engine import Answers, Digests, Sampling, sampling_params, stop_ids
 from megatron_nft.rollout.groups import Problem, Response
 from megatron_nft.rollout.receiver import RECEIVER, precision
 
@@ -63,7 +63,7 @@ class ColocatedEngine:
             worker_extension_cls=RECEIVER,
             seed=seed,
         )
-        self._stop_ids = _stop_ids(self._llm, tokenizer)
+        self._stop_ids = stop_ids(path, tokenizer)
         self.num_engines = dist.get_world_size() // rollout.tensor
         self.number = dist.get_rank() // rollout.tensor
         self.version = -1
@@ -181,18 +181,8 @@ class ColocatedEngine:
         from vllm.sampling_params import RequestOutputKind
 
         room = self._llm.llm_engine.model_config.max_model_len - num_prompt_tokens
-        return SamplingParams(
-            n=sampling.answers,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            max_tokens=min(sampling.max_tokens, room),
-            seed=seed_of(sampling.seed, number),
-            stop_token_ids=self._stop_ids,
-            logprobs=0,  # of the sampled token alone
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        params = sampling_params(sampling, number, room, self._stop_ids)
+        return SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY)
 
     def _response(self, completion: Any, seed: int) -> Response:
         tokens = np.array(completion.token_ids, np.int32)
@@ -215,13 +205,6 @@ def _start(**options: Any) -> Any:
         from vllm import LLM  # after its environment is set
 
         return LLM(**options)
-
-
-def _stop_ids(llm: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end of text and whatever the model's generation config adds to it."""
-    configured = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id") or []
-    configured = [configured] if isinstance(configured, int) else configured
-    return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
 def _progress(num_questions: int) -> tqdm:

@@ -1,13 +1,15 @@
 """What an engine is: it takes weights, shows that it holds them, and answers questions."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
+from checkpoints_conversion.hf_files import read_json
 from megatron_nft.rollout.groups import Problem, Response
 
 Answers = list[tuple[int, tuple[Response, ...]]]  # index of a problem, its K responses
@@ -59,6 +61,9 @@ class Engine(Protocol):
         Of every token (int32 [T]) but the first: float32 [T − 1].
         """
 
+    def held(self, shapes: Mapping[str, tuple[int, ...]]) -> Digests:
+        """Digests of those of the named tensors that can be looked up in this process's engine."""
+
     def sleep(self) -> dict[str, float]:
         """Give memory back while nothing is sampled, where the engine shares a device; metrics.
 
@@ -67,6 +72,34 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """End what was started."""
+
+
+def sampling_params(
+    sampling: Sampling, number: int, room: int, stop_ids: Sequence[int]
+) -> dict[str, Any]:
+    """vLLM's SamplingParams for a problem, by its number, with room for so many tokens.
+
+    Engines of all kinds sample by these, so that they sample the same.
+    """
+    return {
+        "n": sampling.answers,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": min(sampling.max_tokens, room),
+        "seed": seed_of(sampling.seed, number),
+        "stop_token_ids": list(stop_ids),
+        "logprobs": 0,  # of the sampled token alone
+        "flat_logprobs": True,
+        "detokenize": False,
+    }
+
+
+def stop_ids(path: Path, tokenizer: Any) -> list[int]:
+    """The tokenizer's end of text and whatever the model's generation config adds to it."""
+    file = path / "generation_config.json"
+    configured = (read_json(file) if file.exists() else {}).get("eos_token_id") or []
+    configured = [configured] if isinstance(configured, int) else configured
+    return sorted({tokenizer.eos_token_id, *configured} - {None})
 
 
 def seed_of(seed: int, number: int) -> int:

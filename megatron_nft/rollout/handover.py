@@ -14,6 +14,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
+from checkpoints_conversion.hf_files import some
 from checkpoints_conversion.stream import stream
 from megatron_nft.config import Config
 from megatron_nft.policy.packing import Sequence
@@ -107,13 +108,7 @@ def differences(expected: Digests, found: Digests) -> str:
         "missing": [name for name in expected if name not in found],
         "never sent": [name for name in found if name not in expected],
     }
-    return "; ".join(f"{what}: {some(names)}" for what, names in kinds.items() if names)
-
-
-def some(names: Seq[str]) -> str:
-    """The first names, and how many more there are."""
-    more = len(names) - SHOWN
-    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return "; ".join(f"{what}: {some(names, SHOWN)}" for what, names in kinds.items() if names)
 
 
 def raise_together(complaints: Seq[str]) -> None:
@@ -171,12 +166,12 @@ def _sequence(text: np.ndarray) -> Sequence:
 
 def _suspects(engine: Engine, sent: Sent) -> str:
     """Which tensors the engine holds otherwise than they came, as far as that can be looked up."""
-    held = engine.held(sent.shapes) if hasattr(engine, "held") else {}
+    held = engine.held(sent.shapes)
     same_form = {n: d for n, d in held.items() if _form(d) == _form(sent.digests[n])}
     wrong = [name for name, digest in same_form.items() if digest != sent.digests[name]]
     arrived = "Every tensor arrived as it was sent, so the engine misplaced or misread some"
     if wrong:
-        return f"{arrived}: {some(wrong)}"
+        return f"{arrived}: {some(wrong, SHOWN)}"
     return (
         f"{arrived}. Which, cannot be said: {len(same_form)} of {len(sent.digests)} tensors could "
         "be looked up in it and are right, and it keeps the others in other forms"

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from math import ceil
 from pathlib import Path
@@ -23,12 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoints_conversion import megatron_to_hf
-from checkpoints_conversion.hf_files import read_hf_config, read_json
+from checkpoints_conversion.hf_files import read_hf_config
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout import servers
-from megatron_nft.rollout.batch import Batch, Question, number_of
+from megatron_nft.rollout.asking import Asking, Question, number_of
 from megatron_nft.rollout.client import Answer, Client
-from megatron_nft.rollout.engine import Answers, Digests, Sampling, seed_of
+from megatron_nft.rollout.engine import Answers, Digests, Sampling, sampling_params, stop_ids
 from megatron_nft.rollout.fleet import ANSWER_WITHIN_S, Fleet, Member, Weights
 from megatron_nft.rollout.groups import Problem, Response
 from megatron_nft.rollout.receiver import digested
@@ -97,8 +97,8 @@ class RemoteEngine:
         # Twice what a server samples at once: a question's answers end at different times, and
         # the next one's begin in their places.
         num_at_once = ceil(2 * self._rollout.max_sequences / sampling.answers)
-        batch = Batch(self._fleet, questions, enough, num_at_once, self.counts)
-        answered = self._call(batch.run())
+        asking = Asking(self._fleet, questions, enough, num_at_once, self.counts)
+        answered = self._call(asking.run())
         return [
             (i, tuple(self._response(a, questions[i].params["seed"]) for a in answered[i]))
             for i in sorted(answered)
@@ -127,6 +127,10 @@ class RemoteEngine:
     def probe(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
         """See Engine: of every server that lives."""
         return self._call(self._fleet.probe(texts)) if self._fleet else {}
+
+    def held(self, shapes: Mapping[str, tuple[int, ...]]) -> Digests:
+        """See Engine: nothing can be looked up from here."""
+        return {}
 
     def sleep(self) -> dict[str, float]:
         """See Engine: the servers have devices of their own."""
@@ -242,17 +246,7 @@ class RemoteEngine:
 
     def _question(self, problem: Problem, sampling: Sampling, number: int) -> Question:
         room = self._max_tokens - len(problem.prompt_tokens)
-        params = {
-            "n": sampling.answers,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": min(sampling.max_tokens, room),
-            "seed": seed_of(sampling.seed, number),
-            "stop_token_ids": self._stop_ids,
-            "logprobs": 0,  # of the sampled token alone
-            "flat_logprobs": True,
-            "detokenize": False,
-        }
+        params = sampling_params(sampling, number, room, self._stop_ids)
         return Question(problem.prompt_tokens.tolist(), params)
 
     def _response(self, answer: Answer, seed: int) -> Response:
@@ -267,11 +261,3 @@ class RemoteEngine:
             seed=seed + answer.index,
             version=min(number_of(span.version) for span in answer.weight_versions),
         )
-
-
-def stop_ids(path: Path, tokenizer: Any) -> list[int]:
-    """The tokenizer's end of text and whatever the model's generation config adds to it."""
-    file = path / "generation_config.json"
-    configured = (read_json(file) if file.exists() else {}).get("eos_token_id") or []
-    configured = [configured] if isinstance(configured, int) else configured
-    return sorted({tokenizer.eos_token_id, *configured} - {None})

@@ -25,7 +25,7 @@ def number_of(version: str) -> int:
     return -1 if version == "default" else int(version)
 
 
-class Batch:
+class Asking:
     """Questions by their numbers, in the order in which they are to be asked.
 
     Whose server is lost is asked again of another one, before the others. The same seed goes with
