@@ -200,10 +200,10 @@ def weights(options: argparse.Namespace, folder: Path) -> None:
 
 def _weights(path: Path, repeats: int) -> tuple[int, float, float, float]:
     import torch
-    from megatron_nft.rollout.handover import hand_over
     from policies import policy_of
 
     from megatron_nft.config import DataConfig, ModelConfig, RolloutConfig
+    from megatron_nft.rollout.handover import hand_over
 
     config = Config(
         model=ModelConfig(path=str(path), dtype="float32"),

@@ -24,8 +24,8 @@ from megatron_nft.rollout.receiver import digested
 
 NUM_TEXTS, TEXT_TOKENS, SHOWN = 4, 32, 3
 # Mean |Δlogp| that rounding explains. Two correct programs differ by the order of additions, which
-# grows from layer to layer: in float32, 5e-7 with a toy's two, 3e-5 with ten random ones of width
-# 1024. In bfloat16 (8 bits) a logit of 20 is itself rounded by up to 0.06, and random text has such
+# grows from layer to layer: 1e-6 to 3e-5 in float32 (benchmarks/rollout.py, random models of up to
+# ten layers). In bfloat16 (8 bits) a logit of 20 is itself rounded by up to 0.06, and random text has such
 # logits. FP8 rounds weights and activations to 4 bits, by 3 % on average. A tensor in a wrong place
 # shows as more. One that was left as it was before a small update does not, until the updates have
 # added up: that is for the digests to see.
