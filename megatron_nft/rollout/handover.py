@@ -25,10 +25,10 @@ from megatron_nft.rollout.receiver import digested
 NUM_TEXTS, TEXT_TOKENS, SHOWN = 4, 32, 3
 # Mean |Δlogp| that rounding explains. Two correct programs differ by the order of additions, which
 # grows from layer to layer: 1e-6 to 3e-5 in float32 (benchmarks/rollout.py, random models of up to
-# ten layers). In bfloat16 (8 bits) a logit of 20 is itself rounded by up to 0.06, and random text has such
-# logits. FP8 rounds weights and activations to 4 bits, by 3 % on average. A tensor in a wrong place
-# shows as more. One that was left as it was before a small update does not, until the updates have
-# added up: that is for the digests to see.
+# ten layers). In bfloat16 (8 bits) a logit of 20 is itself rounded by up to 0.06, and random text
+# has such logits. FP8 rounds weights and activations to 4 bits, by 3 % on average. A tensor in a
+# wrong place shows as more. One that was left as it was before a small update does not, until the
+# updates have added up: that is for the digests to see.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.5}
 
 
