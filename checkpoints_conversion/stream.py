@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from transformers import PretrainedConfig
 
+from checkpoints_conversion.buckets import BUCKET_BYTES, buckets
 from checkpoints_conversion.families import mappings_for, sizes_of
 from checkpoints_conversion.live import named_parameters, tensor_group
 from checkpoints_conversion.mapping import Mapping, Sizes
-
-BUCKET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -92,17 +91,6 @@ def in_layers(
             for row in rows:
                 num = len(row) // num_layers  # experts
                 yield from row[layer * num : (layer + 1) * num]
-
-
-def buckets(sizes: Sequence[int], limit: int) -> list[slice]:
-    """Consecutive items, as many as fit into `limit` together; a larger one is alone."""
-    starts, filled = [0], 0
-    for i, size in enumerate(sizes):
-        if filled and filled + size > limit:
-            starts.append(i)
-            filled = 0
-        filled += size
-    return [slice(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
 def _homes(parameters: dict[str, Tensor]) -> dict[str, Home]:

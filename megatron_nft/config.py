@@ -116,6 +116,7 @@ class RolloutConfig:
     max_response_tokens: int = 3584
     max_steps_off_policy: int = 0  # rollouts by which what samples may be older than what trains
     in_flight_updates: bool = False  # remote: answers begun under old weights go on under new ones
+    weight_transfer: str = "files"  # remote: in run_dir | gloo, nccl: over the network, no file
     tensor: int = 1  # ranks an engine
     quantization: str = "none"  # none | fp8: made anew from each update
     memory_fraction: float = 0.7  # of a GPU, for vLLM

@@ -31,6 +31,7 @@ CHANGEABLE = (
     "rollout.servers",
     "rollout.start_timeout_s",
     "rollout.stall_timeout_s",
+    "rollout.weight_transfer",
     "drift.warn",
     "drift.stop",
 )
@@ -46,6 +47,8 @@ def check(config: Config, num_processes: int) -> None:
     """
     check_run_directory(config)
     check_transformer_engine(config)
+    if config.rollout.weight_transfer == "nccl" and not has_cuda():
+        raise ValueError("rollout.weight_transfer=nccl: this host has no GPU; set gloo or files")
     hf_config = check_engine(config, is_here=not config.rollout.servers)
     path = Path(config.model.path)
     check_layout(hf_config, config.parallel, num_processes)

@@ -22,7 +22,7 @@ from megatron_nft.config import Config, SourceConfig
 from megatron_nft.evaluate import evaluate
 from megatron_nft.export_check import check_export
 from megatron_nft.metrics import MetricsLog, PhaseTimer
-from megatron_nft.policy import checkpoint, packing
+from megatron_nft.policy import checkpoint, host, packing
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.step import Policy
 from megatron_nft.problems import load_problems
@@ -176,6 +176,9 @@ class Run(ExitStack):
 
     def _start_engine(self) -> Engine:
         config, is_remote = self.config, self.config.rollout.engine == "remote"
+        if is_remote and config.rollout.max_steps_off_policy and not config.rollout.servers:
+            num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            host.limit_threads(num_local + config.rollout.num_servers)  # they work all the time
         kind = partial(RemoteEngine, run_dir=self.directory) if is_remote else ColocatedEngine
         engine = kind(
             Path(config.model.path),

@@ -55,6 +55,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.denominator": ("token_mean", "sequence_mean", "constant"),
     "rollout.engine": ("colocated", "remote"),
     "rollout.on_short_batch": ("train", "stop"),
+    "rollout.weight_transfer": ("files", "gloo", "nccl"),
     "rollout.quantization": ("none", "fp8"),
     "old_logp": ("trainer", "rollout"),
 }
@@ -255,6 +256,9 @@ def _server_rules(rollout: RolloutConfig) -> Iterator[str]:
         for key in ("servers", "in_flight_updates"):
             if value := getattr(rollout, key):
                 yield _was(f"rollout.{key}", value, "given only where rollout.engine is remote")
+        if rollout.weight_transfer != "files":
+            may_be = "files where rollout.engine is colocated, which needs no way for weights"
+            yield _was("rollout.weight_transfer", rollout.weight_transfer, may_be)
 
 
 def _off_policy_rules(config: Config) -> Iterator[str]:

@@ -163,6 +163,10 @@ MISTAKES = {
         ("model.layers=transformer_engine needs a GPU and Transformer Engine",),
         overrides=("model.layers=transformer_engine",),
     ),
+    "NCCL on a CPU host": Mistake(
+        ("rollout.weight_transfer=nccl: this host has no GPU; set gloo or files",),
+        overrides=("rollout.engine=remote", "rollout.weight_transfer=nccl"),
+    ),
     "engines larger than the job": Mistake(
         ("rollout.tensor=2 does not divide the 1 processes",), overrides=("rollout.tensor=2",)
     ),

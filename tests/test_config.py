@@ -209,8 +209,10 @@ def test_differences_are_dotted_keys() -> None:
 
 
 def changed(key: str, value: object) -> Config:
-    """GOOD with one value changed under its dotted key."""
+    """GOOD with one value changed under its dotted key, and what that needs."""
     section, _, name = key.rpartition(".")
+    if key == "rollout.weight_transfer":
+        return replace(GOOD, rollout=RolloutConfig(engine="remote", weight_transfer=value))
     if not section:
         return replace(GOOD, **{name: value})
     return replace(GOOD, **{section: replace(getattr(GOOD, section), **{name: value})})
@@ -298,6 +300,10 @@ def test_every_number_and_every_name_has_a_rule() -> None:
                 old_logp="rollout",
             ),
             "rollout.max_steps_off_policy was 2; it may be 0 or 1, or needs",
+        ),
+        (
+            changed("rollout", RolloutConfig(weight_transfer="gloo")),
+            "rollout.weight_transfer was 'gloo'; it may be files where rollout.engine is colocated",
         ),
         (
             changed("rollout", RolloutConfig(engine="remote", in_flight_updates=True)),

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toys import random_sequences, save_model
 
+from checkpoints_conversion.buckets import BUCKET_BYTES
 from checkpoints_conversion.convert import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
 from checkpoints_conversion.megatron_files import read_metadata
-from checkpoints_conversion.stream import BUCKET_BYTES
 from megatron_nft.config import Config, ModelConfig, ObjectiveConfig, ParallelConfig
 
 

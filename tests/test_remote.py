@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_conversion.digest import digest
 from megatron_nft.config import ParallelConfig, RolloutConfig
-from megatron_nft.rollout import servers
+from megatron_nft.rollout import servers, transfer
 from megatron_nft.rollout.engine import Answers, Sampling
 from megatron_nft.rollout.fleet import Member
 from megatron_nft.rollout.groups import Problem
@@ -245,12 +245,66 @@ def test_a_byte_that_changes_on_the_way_is_seen(
     _load(engine, models[0], version=7)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_server_that_dies_or_hangs_costs_no_question(
-    engine: RemoteEngine, models: list[Path], samples: Samples, how: signal.Signals
+@pytest.fixture
+def sending(engine: RemoteEngine, monkeypatch: pytest.MonkeyPatch) -> RemoteEngine:
+    """The same servers; weights come over the network."""
+    monkeypatch.setattr(engine, "_rollout", replace(OPTIONS, weight_transfer="gloo"))
+    return engine
+
+
+def test_weights_sent_reach_every_server(
+    sending: RemoteEngine, models: list[Path], samples: Samples
 ) -> None:
+    written = sorted(sending._weights_directory.iterdir())
+    with ThreadPoolExecutor(1) as thread:
+        batch = thread.submit(_generate, sending)
+        time.sleep(1.0)
+        assert not batch.done()
+        _load(sending, models[1], version=8)
+        answers = batch.result()
+    assert len(_tokens(answers)) == NUM_PROBLEMS * SAMPLING.answers
+    assert {r.version for _, rs in answers for r in rs} == {7, 8}
+    _load(sending, models[0], version=9)
+    assert _tokens(_generate(sending)) == samples
+    assert sorted(sending._weights_directory.iterdir()) == written
+
+
+def test_a_server_that_dies_while_weights_are_sent(
+    sending: RemoteEngine, models: list[Path], samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one gets them at once, and it when it is back."""
+    victims = [_server(sending, 1).pid]
+
+    def broadcast_and_kill(*args: object) -> None:
+        while victims:
+            os.kill(victims.pop(), signal.SIGKILL)
+        broadcast(*args)
+
+    broadcast = transfer._broadcast
+    monkeypatch.setattr(transfer, "_broadcast", broadcast_and_kill)
+    state = AutoModelForCausalLM.from_pretrained(models[0]).state_dict()
+    received = sending.load_weights(iter(state.items()), 10)
+    sent = {name: digest(tensor) for name, tensor in state.items()}
+    assert received == {"server 0": sent}
+    assert _tokens(_generate(sending)) == samples
+    _until_all_live(sending)
+    assert [m.received for m in sending._fleet.members] == [[sent], [sent]]
+    _check_probe(sending, models[0])
+
+
+@pytest.mark.parametrize(("how", "way"), [(signal.SIGKILL, "gloo"), (signal.SIGSTOP, "files")])
+def test_a_server_that_dies_or_hangs_costs_no_question(
+    engine: RemoteEngine,
+    models: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    how: signal.Signals,
+    way: str,
+) -> None:
+    monkeypatch.setattr(engine, "_rollout", replace(OPTIONS, weight_transfer=way))
+    _load(engine, models[2], version=11)  # not those that the servers started from
+    samples = _tokens(_generate(engine))
     before = dict(engine.counts)
-    server = _group(engine._fleet.members[1].process._process.pid)[1]  # behind its guard
+    server = _server(engine, 1)
     victims = [server] if how == signal.SIGKILL else [server, *server.children(recursive=True)]
     timer = threading.Timer(1.0, lambda: [os.kill(p.pid, how) for p in victims])
     timer.start()
@@ -259,8 +313,13 @@ def test_a_server_that_dies_or_hangs_costs_no_question(
     assert engine.counts["questions_asked_again"] > before["questions_asked_again"]
     _until_all_live(engine)
     assert engine.counts["engine_restarts"] == before["engine_restarts"] + 1
-    _check_probe(engine, models[0])
+    _check_probe(engine, models[2])
     assert _tokens(_generate(engine)) == samples
+
+
+def _server(engine: RemoteEngine, number: int) -> psutil.Process:
+    """The server itself, behind its guard."""
+    return _group(engine._fleet.members[number].process._process.pid)[1]
 
 
 def _serve(path: Path, port: int, log: Path) -> None:
@@ -288,6 +347,11 @@ def test_a_server_of_another_process_that_dies(
     assert len(processes) >= 4  # guard, server, engine, worker
     assert _tokens(_generate(engine)) == samples
     _load(engine, models[1], version=1)
+    sending = _start(models[0], tmp_path, replace(options, weight_transfer="gloo"))
+    _load(sending, models[2], version=2)
+    sending.close()
+    with pytest.raises(ValueError, match=r"(?s)has 1 workers, and the run sends weights to 2"):
+        _start(models[0], tmp_path, replace(options, weight_transfer="gloo", tensor=2))
     with pytest.raises(ValueError, match=r"(?s)takes 2048 tokens.*--max-model-len 4096"):
         RemoteEngine(models[0], engine._tokenizer, options, "float32", 4096, 0, tmp_path)
     engine._fleet._start_timeout_s = 3.0

@@ -9,9 +9,10 @@ import pytest
 from processes import run
 from toys import save_model
 
+from checkpoints_conversion.buckets import buckets
 from checkpoints_conversion.families import mappings_for, sizes_of
 from checkpoints_conversion.hf_files import read_hf_config
-from checkpoints_conversion.stream import buckets, in_layers
+from checkpoints_conversion.stream import in_layers
 from megatron_nft.config import Config, ModelConfig, ParallelConfig
 
 LAYOUTS = {

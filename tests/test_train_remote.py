@@ -62,6 +62,7 @@ def test_sampling_ahead_is_one_rollout_old_and_resumes(root: Path) -> None:  # n
 def test_weights_in_flight(root: Path) -> None:  # noqa: F811
     run_dir = root / "in-flight"
     changed = ["rollout.in_flight_updates=true", "rollout.max_steps_off_policy=2"]
+    changed += ["rollout.weight_transfer=gloo"]
     train(root / "recipe.yaml", f"run_dir={run_dir}", *AHEAD[:-1], *changed)
     records = read_metrics(run_dir)
     assert [r["step"] for r in records] == list(range(9))

@@ -4,6 +4,7 @@ Tokens go in and out (`/inference/v1/generate`), with the same parameters as the
 and without a tokenizer, and the server tells which weights sampled what.
 """
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 
 from megatron_nft.rollout.engine import Digests
+from megatron_nft.rollout.transfer import Cargo, Sender, SendError, address_towards
 
 CONNECT_TIMEOUT_S = 10.0
 TOKENS_COUNTER = "vllm:generation_tokens_total"
@@ -119,7 +121,7 @@ class Client:
         raw = await self._request("GET", "/v1/models", timeout_s)
         return int(msgspec.json.decode(raw)["data"][0]["max_model_len"])
 
-    async def call(self, method: str, timeout_s: float, **kwargs: str) -> list[Any]:
+    async def call(self, method: str, timeout_s: float, **kwargs: Any) -> list[Any]:
         """A method of its workers; what each returned, as a str if no dict or list."""
         body = {"method": method, "kwargs": kwargs}
         raw = await self._request("POST", "/collective_rpc", timeout_s, json=body)
@@ -128,6 +130,23 @@ class Client:
     async def receive(self, path: Path, timeout_s: float) -> list[Digests]:
         """Have the workers take a directory's weights: what each received."""
         return await self.call("receive", timeout_s, path=str(path))
+
+    async def receive_cargo(
+        self, cargo: Cargo, timeout_s: float, *, is_trial: bool = False
+    ) -> list[Digests]:
+        """Send the workers tensors: what each received. In a trial they are no weights."""
+        method = "try_to_receive" if is_trial else "receive_sent"
+        sender = Sender(cargo, address_towards(self.url), timeout_s)
+        sending = asyncio.wrap_future(sender.sent)
+        asked = self.call(method, timeout_s, timeout_s=timeout_s, **sender.address)
+        receiving = asyncio.create_task(asked)
+        try:
+            return (await asyncio.gather(receiving, sending))[0]
+        except SendError as error:
+            raise ServerError(f"{self.url}: {error}") from error
+        finally:
+            sender.give_up()
+            receiving.cancel()
 
     async def pause(self, timeout_s: float) -> None:
         """Sample nothing, but lose nothing; new questions wait too."""

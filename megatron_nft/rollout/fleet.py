@@ -20,6 +20,7 @@ from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout.client import Client, Generated, Params, ServerError, Unreachable
 from megatron_nft.rollout.engine import Digests
 from megatron_nft.rollout.servers import ServerProcess
+from megatron_nft.rollout.transfer import Cargo
 
 logger = logging.getLogger("megatron_nft")
 
@@ -31,11 +32,15 @@ MOST_REST_S = 60.0  # between two attempts to start a server
 
 @dataclass(frozen=True)
 class Weights:
-    """What every server is to hold: a Hugging Face directory, and what was written there."""
+    """What every server is to hold: a Hugging Face directory, and what was written there.
+
+    With `cargo` the weights are sent instead, and the directory is what a server starts from.
+    """
 
     path: Path
     version: int = -1
     digests: Digests = field(default_factory=dict)
+    cargo: Cargo | None = None
 
 
 class Member:
@@ -116,7 +121,10 @@ class Member:
         if is_running:
             self.is_paused = True
             await self.client.pause(timeout_s)
-        self.received = await self.client.receive(weights.path, timeout_s)
+        if weights.cargo:
+            self.received = await self.client.receive_cargo(weights.cargo, timeout_s)
+        else:
+            self.received = await self.client.receive(weights.path, timeout_s)
         await self.client.forget_prefixes(timeout_s)
         await self.client.name_weights(weights.version, timeout_s)
         await self.client.resume(timeout_s)
@@ -299,7 +307,7 @@ class Fleet:
             if weights.digests:
                 await member.take(weights, self._start_timeout_s, is_running=False)
             if any(digests != weights.digests for digests in member.received):
-                raise ServerError(f"it did not receive what {weights.path} was written from")
+                raise ServerError(f"it did not receive weights version {weights.version} as it was")
         member.join()
 
     async def close(self) -> None:

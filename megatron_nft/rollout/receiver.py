@@ -6,12 +6,14 @@ vLLM mixes the class into its worker (`worker_extension_cls`) and calls its meth
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from checkpoints_conversion.digest import digest
 from checkpoints_conversion.hf_files import HFWeights, read_hf_config
 from megatron_nft.policy import host
+from megatron_nft.rollout.transfer import received
 
 RECEIVER = "megatron_nft.rollout.receiver.Receiver"
 
@@ -47,6 +49,19 @@ class Receiver:
         self.reload_weights(weights_iterator=digested(weights, digests))
         host.repack_tied_head(model)
         return digests
+
+    def receive_sent(self, host: str, port: int, backend: str, timeout_s: float) -> dict[str, str]:
+        """The same, of what a transfer.Sender there sends."""
+        return self.receive(self._sent(host, port, backend, timeout_s))
+
+    def try_to_receive(
+        self, host: str, port: int, backend: str, timeout_s: float
+    ) -> dict[str, str]:
+        """Digests of what is sent, which is not taken as weights."""
+        return {name: digest(t) for name, t in self._sent(host, port, backend, timeout_s)}
+
+    def _sent(self, *sender: Any) -> Iterator[tuple[str, Tensor]]:
+        return received(*sender, rank=self.rank + 1, num_workers=self.parallel_config.world_size)
 
     def held(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Digests of those of the named tensors that the model keeps whole, as rows of a parameter.

@@ -1,8 +1,8 @@
 """vLLM servers, of this run or of others: asked over HTTP by one process, weights by files.
 
 Process 0 talks to the servers, from a thread with an event loop of its own, so that a batch can
-be sampled while the policy trains. Weights are written once, as a Hugging Face directory, and
-every server reads them from there.
+be sampled while the policy trains. Weights are written once, as a Hugging Face directory that
+every server reads; or kept once, in host memory, and sent to every server.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from torch import Tensor
 from checkpoints_conversion import megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
 from megatron_nft.config import RolloutConfig
+from megatron_nft.policy import host
 from megatron_nft.rollout import servers
 from megatron_nft.rollout.asking import Asking, Question, number_of
 from megatron_nft.rollout.client import Answer, Client
@@ -33,7 +34,9 @@ from megatron_nft.rollout.fleet import ANSWER_WITHIN_S, Fleet, Member, Weights
 from megatron_nft.rollout.groups import Problem, Response
 from megatron_nft.rollout.receiver import digested
 from megatron_nft.rollout.servers import ServerProcess
+from megatron_nft.rollout.transfer import Cargo
 
+TRIAL_TIMEOUT_S = 30.0
 KEPT_VERSIONS = 2  # directories of weights: a server may be reading the one before
 
 
@@ -67,6 +70,7 @@ class RemoteEngine:
         self._path, self._tokenizer, self._rollout = path, tokenizer, rollout
         self._dtype, self._max_tokens, self._seed = dtype, max_tokens, seed
         self._run_dir = run_dir.resolve()
+        self._device = host.device()  # of this thread; that of the servers' has another
         self._stop_ids = stop_ids(path, tokenizer)
         self._processes: list[ServerProcess] = []
         self._fleet: Fleet | None = None
@@ -119,8 +123,9 @@ class RemoteEngine:
             return {}
         num_running = sum(m.num_questions for m in self._fleet.members)
         assert self._rollout.in_flight_updates or not num_running, "weights while sampling"
-        written = self._write(weights, version)
-        received = self._call(self._fleet.hand_over(written))
+        if self._sends:
+            return self._call(self._fleet.hand_over(self._keep(weights, version)))
+        received = self._call(self._fleet.hand_over(self._write(weights, version)))
         self._remove_old_weights()
         return received
 
@@ -162,7 +167,8 @@ class RemoteEngine:
             members = [self._member(i, share) for i, share in enumerate(gpus)]
         self._fleet = Fleet(members, Weights(self._path), self._rollout, self.counts)
         if self._rollout.servers:
-            self._weights_directory.mkdir(parents=True, exist_ok=True)
+            if not self._sends:
+                self._weights_directory.mkdir(parents=True, exist_ok=True)
             await asyncio.gather(*map(self._check, members))
         await self._fleet.start()
 
@@ -194,12 +200,15 @@ class RemoteEngine:
             )
 
     async def _trouble(self, client: Client) -> str:
-        directory, within_s = self._weights_directory, ANSWER_WITHIN_S
-        longest = await client.max_model_len(within_s)
-        sees = (await client.call("sees", within_s, directory=str(directory)))[0]
+        longest = await client.max_model_len(ANSWER_WITHIN_S)
         await client.probe(np.zeros(2, np.int32), self._rollout.stall_timeout_s)
         if longest < self._max_tokens:
             return f"takes {longest} tokens of prompt and response, and the run {self._max_tokens}"
+        if self._sends:
+            await client.receive_cargo(self._cargo({}), TRIAL_TIMEOUT_S, is_trial=True)
+            return ""
+        directory = str(self._weights_directory)
+        sees = (await client.call("sees", ANSWER_WITHIN_S, directory=directory))[0]
         return "" if sees == "True" else f"does not see the run's directory, {directory}"
 
     def _call(self, work: Coroutine[Any, Any, Any]) -> Any:
@@ -227,6 +236,11 @@ class RemoteEngine:
     # weights
 
     @property
+    def _sends(self) -> bool:
+        """Over the network, instead of writing files."""
+        return self._rollout.weight_transfer != "files"
+
+    @property
     def _weights_directory(self) -> Path:
         return self._run_dir / "engine" / "weights"
 
@@ -236,6 +250,19 @@ class RemoteEngine:
         config, dtype = read_hf_config(self._path), getattr(torch, self._dtype)
         megatron_to_hf.write(digested(weights, sent), config, dtype, self._path, path)
         return Weights(path, version, sent)
+
+    def _keep(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Weights:
+        """A copy in host memory: a server that is lost gets it when it is back."""
+        sent: Digests = {}
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in digested(weights, sent)
+        }
+        return Weights(self._path, version, sent, self._cargo(tensors))
+
+    def _cargo(self, tensors: dict[str, Tensor]) -> Cargo:
+        backend, num_workers = self._rollout.weight_transfer, self._rollout.tensor
+        device = self._device if backend == "nccl" else torch.device("cpu")
+        return Cargo(tensors, backend, device, num_workers)
 
     def _remove_old_weights(self) -> None:
         written = sorted(self._weights_directory.iterdir(), key=lambda path: path.stat().st_mtime)
