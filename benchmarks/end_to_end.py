@@ -122,7 +122,7 @@ def recipe(work: Work, program: Program, directory: Path) -> dict[str, Any]:
             "weight_decay": 0.0,
             "warmup_rollouts": 0,
             "questions_per_minibatch": work.questions,
-            "tokens_per_microbatch": 8192,
+            "tokens_per_microbatch": 1024,  # activations that fit a cache
         },
         "evaluate": {"every": 0},
         "checkpoint": {"every": 0},

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints_conversion.digest import digest
 from megatron_nft.config import ParallelConfig, RolloutConfig
 from megatron_nft.rollout import servers, transfer
+from megatron_nft.rollout.client import ServerError
 from megatron_nft.rollout.engine import Answers, Sampling
 from megatron_nft.rollout.fleet import Member
 from megatron_nft.rollout.groups import Problem
@@ -269,29 +270,6 @@ def test_weights_sent_reach_every_server(
     assert sorted(sending._weights_directory.iterdir()) == written
 
 
-def test_a_server_that_dies_while_weights_are_sent(
-    sending: RemoteEngine, models: list[Path], samples: Samples, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other one gets them at once, and it when it is back."""
-    victims = [_server(sending, 1).pid]
-
-    def broadcast_and_kill(*args: object) -> None:
-        while victims:
-            os.kill(victims.pop(), signal.SIGKILL)
-        broadcast(*args)
-
-    broadcast = transfer._broadcast
-    monkeypatch.setattr(transfer, "_broadcast", broadcast_and_kill)
-    state = AutoModelForCausalLM.from_pretrained(models[0]).state_dict()
-    received = sending.load_weights(iter(state.items()), 10)
-    sent = {name: digest(tensor) for name, tensor in state.items()}
-    assert received == {"server 0": sent}
-    assert _tokens(_generate(sending)) == samples
-    _until_all_live(sending)
-    assert [m.received for m in sending._fleet.members] == [[sent], [sent]]
-    _check_probe(sending, models[0])
-
-
 @pytest.mark.parametrize(("how", "way"), [(signal.SIGKILL, "gloo"), (signal.SIGSTOP, "files")])
 def test_a_server_that_dies_or_hangs_costs_no_question(
     engine: RemoteEngine,
@@ -317,9 +295,42 @@ def test_a_server_that_dies_or_hangs_costs_no_question(
     assert _tokens(_generate(engine)) == samples
 
 
+def test_a_server_that_computes_otherwise_does_not_join(
+    engine: RemoteEngine, models: list[Path]
+) -> None:
+    """As it is looked at when it has been started again."""
+    _load(engine, models[0], version=12)
+    fleet, member = engine._fleet, engine._fleet.members[1]
+    texts, expected = fleet._probed
+    engine._call(fleet._compare(member, texts, expected))
+    for wrong in ([e + 0.01 for e in expected], [e * np.nan for e in expected]):
+        with pytest.raises(ServerError, match=r"probe differ by .* 1e-03 is allowed"):
+            engine._call(fleet._compare(member, texts, wrong))
+
+
 def _server(engine: RemoteEngine, number: int) -> psutil.Process:
     """The server itself, behind its guard."""
     return _group(engine._fleet.members[number].process._process.pid)[1]
+
+
+def test_a_server_that_dies_while_weights_are_sent(
+    sending: RemoteEngine, models: list[Path], samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one gets them at once. The last of the tests that share the servers."""
+    victims = [_server(sending, 1).pid]
+
+    def broadcast_and_kill(*args: object) -> None:
+        while victims:
+            os.kill(victims.pop(), signal.SIGKILL)
+        broadcast(*args)
+
+    broadcast = transfer._broadcast
+    monkeypatch.setattr(transfer, "_broadcast", broadcast_and_kill)
+    state = AutoModelForCausalLM.from_pretrained(models[0]).state_dict()
+    received = sending.load_weights(iter(state.items()), 13)
+    sent = {name: digest(tensor) for name, tensor in state.items()}
+    assert received == {"server 0": sent}
+    assert _tokens(_generate(sending)) == samples
 
 
 def _serve(path: Path, port: int, log: Path) -> None:

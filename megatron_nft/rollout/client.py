@@ -138,7 +138,7 @@ class Client:
         method = "try_to_receive" if is_trial else "receive_sent"
         sender = Sender(cargo, address_towards(self.url), timeout_s)
         sending = asyncio.wrap_future(sender.sent)
-        asked = self.call(method, timeout_s, timeout_s=timeout_s, **sender.address)
+        asked = self.call(method, timeout_s, within_s=timeout_s, **sender.address)
         receiving = asyncio.create_task(asked)
         try:
             return (await asyncio.gather(receiving, sending))[0]

@@ -10,7 +10,16 @@ import numpy as np
 from torch import Tensor
 
 from checkpoints_conversion.hf_files import read_json
+from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout.groups import Problem, Response
+
+# Mean |Δlogp| that rounding explains. Two correct programs differ by the order of additions, which
+# grows from layer to layer: 1e-6 to 3e-5 in float32 (benchmarks/rollout.py, random models of up to
+# ten layers). In bfloat16 (8 bits) a logit of 20 is itself rounded by up to 0.06, and random text
+# has such logits. FP8 rounds weights and activations to 4 bits, by 3 % on average. A tensor in a
+# wrong place shows as more. One that was left as it was before a small update does not, until the
+# updates have added up: that is for the digests to see.
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.5}
 
 Answers = list[tuple[int, tuple[Response, ...]]]  # index of a problem, its K responses
 Digests = dict[str, str]  # by the tensors' Hugging Face names
@@ -100,6 +109,17 @@ def stop_ids(path: Path, tokenizer: Any) -> list[int]:
     configured = (read_json(file) if file.exists() else {}).get("eos_token_id") or []
     configured = [configured] if isinstance(configured, int) else configured
     return sorted({tokenizer.eos_token_id, *configured} - {None})
+
+
+def probe_limit(rollout: RolloutConfig, dtype: str, *, is_fp8: bool = False) -> float:
+    """Of the probe: the recipe's, or that of the coarsest numbers that are computed with.
+
+    Args:
+        dtype: of the weights.
+        is_fp8: the policy computes in it.
+    """
+    kind = "fp8" if is_fp8 or rollout.quantization == "fp8" else dtype
+    return rollout.probe_tolerance or TOLERANCES[kind]
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -190,6 +190,8 @@ class Fleet:
     """The servers, and the weights that all of them are to hold.
 
     Args:
+        tolerance: mean |Δlogp| of the probe between a server that is back and what it gave, or
+            another one, by the same weights.
         counts: `engine_restarts`, how often a lost server came back, is kept up in it.
     """
 
@@ -198,9 +200,13 @@ class Fleet:
         members: list[Member],
         weights: Weights,
         options: RolloutConfig,
+        tolerance: float,
         counts: Counter[str],
     ) -> None:
         self.members, self.weights, self._counts = members, weights, counts
+        self._tolerance = tolerance
+        # of the newest weights: texts, and what a server gave to them
+        self._probed: tuple[Sequence[np.ndarray], list[np.ndarray]] | None = None
         self._start_timeout_s = options.start_timeout_s
         self._stall_timeout_s = options.stall_timeout_s
         self._in_flight = options.in_flight_updates
@@ -238,7 +244,7 @@ class Fleet:
 
         Returns what each received; at least one has. Raises RuntimeError: see check.
         """
-        self.weights = weights
+        self.weights, self._probed = weights, None
         await asyncio.gather(*(self._give(m) for m in self.live))
         while not any(m.version == weights.version for m in self.live):
             self.check()
@@ -261,6 +267,7 @@ class Fleet:
         while not (found := await self._probe_live(texts)):
             self.check()
             await asyncio.sleep(LOOK_EVERY_S)
+        self._probed = texts, next(iter(found.values()))
         return found
 
     async def _probe_live(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
@@ -303,12 +310,26 @@ class Fleet:
         await member.until_ready(self._start_timeout_s)
         weights = None
         while weights is not self.weights:  # newer ones may come meanwhile
-            weights = self.weights
+            weights, probed = self.weights, self._probed
             if weights.digests:
                 await member.take(weights, self._start_timeout_s, is_running=False)
             if any(digests != weights.digests for digests in member.received):
                 raise ServerError(f"it did not receive weights version {weights.version} as it was")
+            if probed:
+                await self._compare(member, *probed)
         member.join()
+
+    async def _compare(
+        self, member: Member, texts: Sequence[np.ndarray], expected: Sequence[np.ndarray]
+    ) -> None:
+        """Raise ServerError where it gives texts other log-probabilities than these."""
+        found = np.concatenate(await self._probe(member, texts))
+        delta = float(np.abs(found - np.concatenate(expected)).mean())
+        if not delta <= self._tolerance:
+            raise ServerError(
+                f"log-probabilities of the probe differ by {delta:.2e} in the mean from what the "
+                f"same weights gave before; {self._tolerance:.0e} is allowed"
+            )
 
     async def close(self) -> None:
         for watcher in self._watchers:

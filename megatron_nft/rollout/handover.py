@@ -19,17 +19,10 @@ from checkpoints_conversion.stream import stream
 from megatron_nft.config import Config
 from megatron_nft.policy.packing import Sequence
 from megatron_nft.policy.step import Policy
-from megatron_nft.rollout.engine import Digests, Engine
+from megatron_nft.rollout.engine import Digests, Engine, probe_limit
 from megatron_nft.rollout.receiver import digested
 
 NUM_TEXTS, TEXT_TOKENS, SHOWN = 4, 32, 3
-# Mean |Δlogp| that rounding explains. Two correct programs differ by the order of additions, which
-# grows from layer to layer: 1e-6 to 3e-5 in float32 (benchmarks/rollout.py, random models of up to
-# ten layers). In bfloat16 (8 bits) a logit of 20 is itself rounded by up to 0.06, and random text
-# has such logits. FP8 rounds weights and activations to 4 bits, by 3 % on average. A tensor in a
-# wrong place shows as more. One that was left as it was before a small update does not, until the
-# updates have added up: that is for the digests to see.
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.5}
 
 
 def hand_over(
@@ -138,9 +131,7 @@ def probe_texts(config: Config, vocab_size: int) -> list[np.ndarray]:
 
 def allowed(config: Config) -> float:
     """The recipe's tolerance, or that of the coarsest numbers that either side computes with."""
-    has_fp8 = config.rollout.quantization == "fp8" or config.fp8.format != "off"
-    kind = "fp8" if has_fp8 else config.model.dtype
-    return config.rollout.probe_tolerance or TOLERANCES[kind]
+    return probe_limit(config.rollout, config.model.dtype, is_fp8=config.fp8.format != "off")
 
 
 def _deltas(policy: Policy, engine: Engine, texts: Seq[np.ndarray]) -> dict[str, np.ndarray]:

@@ -50,15 +50,13 @@ class Receiver:
         host.repack_tied_head(model)
         return digests
 
-    def receive_sent(self, host: str, port: int, backend: str, timeout_s: float) -> dict[str, str]:
+    def receive_sent(self, host: str, port: int, backend: str, within_s: float) -> dict[str, str]:
         """The same, of what a transfer.Sender there sends."""
-        return self.receive(self._sent(host, port, backend, timeout_s))
+        return self.receive(self._sent(host, port, backend, within_s))
 
-    def try_to_receive(
-        self, host: str, port: int, backend: str, timeout_s: float
-    ) -> dict[str, str]:
+    def try_to_receive(self, host: str, port: int, backend: str, within_s: float) -> dict[str, str]:
         """Digests of what is sent, which is not taken as weights."""
-        return {name: digest(t) for name, t in self._sent(host, port, backend, timeout_s)}
+        return {name: digest(t) for name, t in self._sent(host, port, backend, within_s)}
 
     def _sent(self, *sender: Any) -> Iterator[tuple[str, Tensor]]:
         return received(*sender, rank=self.rank + 1, num_workers=self.parallel_config.world_size)

@@ -29,7 +29,14 @@ from megatron_nft.policy import host
 from megatron_nft.rollout import servers
 from megatron_nft.rollout.asking import Asking, Question, number_of
 from megatron_nft.rollout.client import Answer, Client
-from megatron_nft.rollout.engine import Answers, Digests, Sampling, sampling_params, stop_ids
+from megatron_nft.rollout.engine import (
+    Answers,
+    Digests,
+    Sampling,
+    probe_limit,
+    sampling_params,
+    stop_ids,
+)
 from megatron_nft.rollout.fleet import ANSWER_WITHIN_S, Fleet, Member, Weights
 from megatron_nft.rollout.groups import Problem, Response
 from megatron_nft.rollout.receiver import digested
@@ -165,7 +172,8 @@ class RemoteEngine:
         else:
             gpus = servers.shares_of_gpus(self._rollout, torch.cuda.device_count())
             members = [self._member(i, share) for i, share in enumerate(gpus)]
-        self._fleet = Fleet(members, Weights(self._path), self._rollout, self.counts)
+        limit = probe_limit(self._rollout, self._dtype)
+        self._fleet = Fleet(members, Weights(self._path), self._rollout, limit, self.counts)
         if self._rollout.servers:
             if not self._sends:
                 self._weights_directory.mkdir(parents=True, exist_ok=True)
