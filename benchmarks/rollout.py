@@ -7,9 +7,10 @@ generate  tokens/s of `ColocatedEngine.generate` and of `vllm.LLM.generate`, the
 weights   a hand-over to the colocated engine, its proofs included, and a memory copy of the bytes
 collect   dynamic sampling by the measured share of mixed groups and by the official code's fixed
           three times as many: batches of 48 groups of the demo's task, surplus thrown away
-overlap   seconds a rollout of `megatron-nft train` with one training process and one server,
-          sampling and training in turns (max_steps_off_policy 0) or at the same time (1); and with
-          two training processes and their engines, for comparison
+overlap   seconds a rollout of `megatron-nft train` with one training process and one server, each
+          on half of the cores, as they would have GPUs of their own: sampling and training in turns
+          (max_steps_off_policy 0) or at the same time (1); and with two training processes and
+          their engines on all cores, for comparison
 
 The cold-started model is the demo's; --demo names a directory where `megatron-nft demo` was run.
 Medians of --repeats turns. One thread a process.
@@ -17,11 +18,13 @@ Medians of --repeats turns. One thread a process.
 
 import argparse
 import os
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -44,13 +47,10 @@ SIZES = {  # of random models whose weights are handed over
     "27M parameters": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 7},
     "160M parameters": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10},
 }
+REMOTE = {"rollout.engine": "remote", "parallel.tensor": 1}
 OVERLAP = {  # name: overrides of the demo's recipe
-    "in turns": {"rollout.engine": "remote", "parallel.tensor": 1},
-    "at the same time": {
-        "rollout.engine": "remote",
-        "parallel.tensor": 1,
-        "rollout.max_steps_off_policy": 1,
-    },
+    "in turns": REMOTE,
+    "at the same time": REMOTE | {"rollout.max_steps_off_policy": 1},
     "two processes with their engines": {"parallel.tensor": 1, "parallel.num_processes": 2},
 }
 
@@ -295,10 +295,18 @@ def _batches(engine: Any, problems: Sequence[Any], config: Config, num: int) -> 
 
 def overlap(options: argparse.Namespace, folder: Path) -> None:
     """The same training, with sampling before and beside it."""
-    names = [*OVERLAP] * options.repeats
+    cores = sorted(os.sched_getaffinity(0))
+    middle = len(cores) // 2
+    if not middle:
+        sys.exit("overlap needs two cores")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in OVERLAP}
-    for turn, name in enumerate(names):
-        found[name].append(_step_seconds(options, folder / f"run{turn}", OVERLAP[name]))
+    for turn, name in enumerate([*OVERLAP] * options.repeats):
+        given, out = overrides_of(options, OVERLAP[name]), folder / f"run{turn}"
+        if "rollout.engine" in OVERLAP[name]:
+            with _server(given, cores[middle:]) as address, _on(cores[:middle]):
+                found[name].append(_step_seconds([*given, f"rollout.servers=[{address}]"], out))
+        else:
+            found[name].append(_step_seconds(given, out))
     medians = {
         name: {key: median(turn[key] for turn in turns) for key in turns[0]}
         for name, turns in found.items()
@@ -318,16 +326,49 @@ def overlap(options: argparse.Namespace, folder: Path) -> None:
     table("Overlap", columns, rows)
 
 
-def _step_seconds(
-    options: argparse.Namespace, out: Path, overrides: dict[str, Any]
-) -> dict[str, float]:
-    """Median seconds of a rollout, without the first two and the last."""
-    given = {f"data.train[0].path={options.demo / 'data' / 'train.jsonl'}", f"run_dir={out}"}
+def overrides_of(options: argparse.Namespace, own: dict[str, Any]) -> list[str]:
+    """Of the demo's recipe: nothing but sampling and training."""
+    given = {f"data.train[0].path={options.demo / 'data' / 'train.jsonl'}"}
     given |= {f"model.path={options.demo / 'cold-start' / 'hf'}", f"rollouts={options.rollouts}"}
     given |= {"evaluate.sets=[]", "evaluate.stop_at_accuracy=0", "old_logp=rollout"}
     given |= {"checkpoint.every=0", "checkpoint.check_export=false"}
-    given |= {f"{key}={value}" for key, value in overrides.items()}
-    train("demo.yaml", sorted(given))
+    return sorted(given | {f"{key}={value}" for key, value in own.items()})
+
+
+@contextmanager
+def _server(overrides: Sequence[str], cores: Sequence[int]) -> Iterator[str]:
+    """The address of a vLLM server for the demo's recipe, on these cores."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "megatron_nft", "serve", str(demo.RECIPES / "demo.yaml")]
+    with _on(cores):
+        process = subprocess.Popen(
+            [*command, *overrides, "--port", str(port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def _on(cores: Sequence[int]) -> Iterator[None]:
+    """Have this process, and those that it starts meanwhile, run on these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _step_seconds(overrides: Sequence[str], out: Path) -> dict[str, float]:
+    """Median seconds of a rollout, without the first two and the last."""
+    train("demo.yaml", [*overrides, f"run_dir={out}"])
     return {key: median(values) for key, values in _phases(out).items()}
 
 
