@@ -303,7 +303,8 @@ def overlap(options: argparse.Namespace, folder: Path) -> None:
     for turn, name in enumerate([*OVERLAP] * options.repeats):
         given, out = overrides_of(options, OVERLAP[name]), folder / f"run{turn}"
         if "rollout.engine" in OVERLAP[name]:
-            with _server(given, cores[middle:]) as address, _on(cores[:middle]):
+            log = folder / f"server{turn}.log"
+            with _server(given, cores[middle:], log) as address, _on(cores[:middle]):
                 found[name].append(_step_seconds([*given, f"rollout.servers=[{address}]"], out))
         else:
             found[name].append(_step_seconds(given, out))
@@ -336,20 +337,21 @@ def overrides_of(options: argparse.Namespace, own: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def _server(overrides: Sequence[str], cores: Sequence[int]) -> Iterator[str]:
+def _server(overrides: Sequence[str], cores: Sequence[int], log: Path) -> Iterator[str]:
     """The address of a vLLM server for the demo's recipe, on these cores."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "megatron_nft", "serve", str(demo.RECIPES / "demo.yaml")]
-    with _on(cores):
+    with _on(cores), log.open("w") as file:
         process = subprocess.Popen(
-            [*command, *overrides, "--port", str(port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [*command, *overrides, "--port", str(port)], stdout=file, stderr=subprocess.STDOUT
         )
     try:
         yield f"http://127.0.0.1:{port}"
+    except SystemExit:  # of train, which could not use it
+        print(log.read_text(), file=sys.stderr)
+        raise
     finally:
         process.terminate()
         process.wait()

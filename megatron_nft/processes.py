@@ -68,7 +68,7 @@ def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> NoRetur
         config.seed,
         *where,
     )
-    os.execve(command[0], command, servers.environment(config.rollout, gpus=[]))
+    os.execve(command[0], command, servers.environment(config.rollout))
 
 
 def num_processes_of(config: Config) -> int:

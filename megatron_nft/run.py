@@ -161,7 +161,7 @@ class Run(ExitStack):
         if dist.get_rank() % (dist.get_world_size() if is_remote else self.config.rollout.tensor):
             return None
         options = self.config.verify
-        num_local = 1 if is_remote else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_local = 1 if is_remote else host.num_local_processes()
         num_workers = options.workers or max(1, len(os.sched_getaffinity(0)) // num_local)
         return self.enter_context(Verifier(replace(options, workers=num_workers)))
 
@@ -177,8 +177,8 @@ class Run(ExitStack):
     def _start_engine(self) -> Engine:
         config, is_remote = self.config, self.config.rollout.engine == "remote"
         if is_remote and config.rollout.max_steps_off_policy and not config.rollout.servers:
-            num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            host.limit_threads(num_local + config.rollout.num_servers)  # they work all the time
+            # they work all the time
+            host.limit_threads(host.num_local_processes() + config.rollout.num_servers)
         kind = partial(RemoteEngine, run_dir=self.directory) if is_remote else ColocatedEngine
         engine = kind(
             Path(config.model.path),

@@ -1,5 +1,6 @@
 """The engine inside the training processes: its weights are the policy's, after every update."""
 
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,19 @@ def _sleep_and_wake(path: Path) -> dict[str, Any]:
     found["cut"] = [(i, len(answers)) for i, answers in cut]
     found["left over"] = len(engine._llm.llm_engine.output_processor.parent_requests)
     engine.load_weights(stream(policy.chunks, policy.hf_config), 1)
-    return found | {"after a cut": ask()}
+    found["after a cut"] = ask()
+    with pytest.raises(RuntimeError, match="broken off"):
+        engine.load_weights(_broken_off(stream(policy.chunks, policy.hf_config)), 2)
+    engine.load_weights(stream(policy.chunks, policy.hf_config), 3)
+    return found | {"after a break": ask()}
+
+
+def _broken_off(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Zeros, in the middle of a fused projection and of a layer at last."""
+    for name, tensor in weights:
+        yield name, torch.zeros_like(tensor)
+        if name.endswith("layers.1.self_attn.q_proj.weight"):
+            raise RuntimeError("broken off")
 
 
 def _noting(calls: list[str], name: str, function: Any) -> Any:
@@ -166,6 +179,7 @@ def test_an_engine_sleeps_until_weights_come(tmp_path: Path) -> None:
     assert {num for _, num in found["cut"]} == {2}
     assert found["left over"] == 0
     assert found["after a cut"] == found["before"]
+    assert found["after a break"] == found["before"]
     given_back, kept = found["metrics"].values()
     assert kept > 0.05  # this process, torch and vLLM
     assert abs(given_back) < 0.05 or host.has_cuda()  # a CPU host gives nothing back

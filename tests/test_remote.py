@@ -3,13 +3,14 @@
 Two servers are shared by the tests, which run in their order; each leaves them alive.
 """
 
+import asyncio
 import multiprocessing
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checkpoints_conversion.digest import digest
 from megatron_nft.config import ParallelConfig, RolloutConfig
 from megatron_nft.rollout import servers, transfer
-from megatron_nft.rollout.client import ServerError
+from megatron_nft.rollout.client import Client, ServerError, Unreachable
 from megatron_nft.rollout.engine import Answers, Sampling
 from megatron_nft.rollout.fleet import Member
 from megatron_nft.rollout.groups import Problem
@@ -129,9 +130,13 @@ def _logp(path: Path, text: np.ndarray) -> np.ndarray:
     return logits.log_softmax(-1).gather(-1, tokens[1:, None])[:, 0].numpy()
 
 
-def _until_all_live(engine: RemoteEngine, timeout_s: float = 120.0) -> None:
+def _until_all_live(engine: RemoteEngine) -> None:
+    _until(lambda: len(engine._fleet.live) == len(engine._fleet.members))
+
+
+def _until(is_so: Callable[[], bool], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while len(engine._fleet.live) < len(engine._fleet.members):
+    while not is_so():
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -175,11 +180,8 @@ def test_enough_questions_end_a_batch(engine: RemoteEngine, samples: Samples) ->
     answers = _generate(engine, replace(SAMPLING, finish_fraction=0.25))
     assert len(answers) == NUM_PROBLEMS // 4
     assert _tokens(answers).items() <= samples.items()
-    deadline = time.monotonic() + 10  # the servers drop the others
-    for member in engine._fleet.members:
-        while _num_running(engine, member) > 0:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+    for member in engine._fleet.members:  # they drop the others
+        _until(lambda member=member: _num_running(engine, member) == 0, timeout_s=10)
 
 
 def _num_running(engine: RemoteEngine, member: Member) -> float:
@@ -298,14 +300,19 @@ def test_a_server_that_dies_or_hangs_costs_no_question(
 def test_a_server_that_computes_otherwise_does_not_join(
     engine: RemoteEngine, models: list[Path]
 ) -> None:
-    """As it is looked at when it has been started again."""
+    """Or it does once it computes what the others do."""
     _load(engine, models[0], version=12)
     fleet, member = engine._fleet, engine._fleet.members[1]
     texts, expected = fleet._probed
-    engine._call(fleet._compare(member, texts, expected))
-    for wrong in ([e + 0.01 for e in expected], [e * np.nan for e in expected]):
-        with pytest.raises(ServerError, match=r"probe differ by .* 1e-03 is allowed"):
-            engine._call(fleet._compare(member, texts, wrong))
+    with pytest.raises(ServerError, match=r"probe differ by nan"):
+        engine._call(fleet._compare(member, texts, [e * np.nan for e in expected]))
+    fleet._probed = texts, [e + 0.01 for e in expected]
+    os.kill(_server(engine, 1).pid, signal.SIGKILL)
+    _until(lambda: "probe differ by 1.00e-02 in the mean" in member.trouble)
+    assert fleet.live == [fleet.members[0]]
+    fleet._probed = texts, expected
+    _until_all_live(engine)
+    _check_probe(engine, models[0])
 
 
 def _server(engine: RemoteEngine, number: int) -> psutil.Process:
@@ -317,17 +324,19 @@ def test_a_server_that_dies_while_weights_are_sent(
     sending: RemoteEngine, models: list[Path], samples: Samples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The other one gets them at once. The last of the tests that share the servers."""
-    victims = [_server(sending, 1).pid]
+    victim, once = _server(sending, 1).pid, threading.Lock()
 
     def broadcast_and_kill(*args: object) -> None:
-        while victims:
-            os.kill(victims.pop(), signal.SIGKILL)
+        if once.acquire(blocking=False):  # one thread sends to each server
+            os.kill(victim, signal.SIGKILL)
         broadcast(*args)
 
     broadcast = transfer._broadcast
     monkeypatch.setattr(transfer, "_broadcast", broadcast_and_kill)
     state = AutoModelForCausalLM.from_pretrained(models[0]).state_dict()
+    begun = time.monotonic()
     received = sending.load_weights(iter(state.items()), 13)
+    assert time.monotonic() - begun < 30  # of start_timeout_s=300
     sent = {name: digest(tensor) for name, tensor in state.items()}
     assert received == {"server 0": sent}
     assert _tokens(_generate(sending)) == samples
@@ -336,9 +345,23 @@ def test_a_server_that_dies_while_weights_are_sent(
 def _serve(path: Path, port: int, log: Path) -> None:
     """A server as a user would start it, on a port, for as long as this process lives."""
     where = ("--host", "127.0.0.1", "--port", port)
-    process = ServerProcess(log, servers.environment(OPTIONS, []))
+    process = ServerProcess(log, servers.environment(OPTIONS))
     process.start(servers.command(path, OPTIONS, "float32", MAX_TOKENS, 0, *where))
     time.sleep(600)
+
+
+def _pause(address: str) -> None:
+    async def pause() -> None:
+        client = Client(address)
+        while True:
+            try:
+                await client.pause(10.0)
+                break
+            except Unreachable:
+                await asyncio.sleep(0.5)
+        await client.close()
+
+    asyncio.run(pause())
 
 
 def test_a_server_of_another_process_that_dies(
@@ -353,6 +376,7 @@ def test_a_server_of_another_process_that_dies(
     owner.start()
     address = f"http://127.0.0.1:{port}"
     options = replace(OPTIONS, servers=[address])
+    _pause(address)  # as a run does that dies meanwhile
     engine = _start(models[0], tmp_path, options)
     processes = psutil.Process(owner.pid).children(recursive=True)
     assert len(processes) >= 4  # guard, server, engine, worker

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout import servers
@@ -55,6 +56,14 @@ def test_environment_leaves_torchrun_behind(monkeypatch: pytest.MonkeyPatch) -> 
     assert "VLLM_ENABLE_V1_MULTIPROCESSING" not in found
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU hosts share cores")
+def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    for num_processes, threads in ((1, "16"), (3, "5"), (40, "1")):
+        found = servers.environment(OPTIONS, num_processes=num_processes)
+        assert found["OMP_NUM_THREADS"] == threads
+
+
 def test_gpus_come_after_those_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -68,7 +77,7 @@ def test_gpus_come_after_those_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -
 
 
 def _process(tmp_path: Path) -> servers.ServerProcess:
-    return servers.ServerProcess(tmp_path / "log", servers.environment(OPTIONS, []))
+    return servers.ServerProcess(tmp_path / "log", servers.environment(OPTIONS))
 
 
 def _is_there(pid: int) -> bool:

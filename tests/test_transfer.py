@@ -97,9 +97,19 @@ def test_another_number_of_workers_is_named() -> None:
 
 def test_a_sender_that_is_silent_is_not_waited_for() -> None:
     sender = _sender(num_workers=2)  # the other worker does not come
-    with pytest.raises(RuntimeError):
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"no gloo group .* GLOO_SOCKET_IFNAME"):
         _receive(sender, num_workers=2, timeout_s=1.0)
+    assert time.monotonic() - started < 20
     sender.give_up()
+
+
+def test_no_weights_are_kept_by_a_failure() -> None:
+    sender = _sender(timeout_s=0.2)
+    with pytest.raises(SendError):
+        sender.sent.result(timeout=10)
+    assert sender._cargo is None
+    assert sender._store is None
 
 
 def _die_after_one(address: dict[str, object]) -> None:

@@ -78,12 +78,15 @@ def vllm_options(max_tokens: int) -> Mapping[str, Any]:
     return {"enable_chunked_prefill": False, "max_num_batched_tokens": max(max_tokens, 8192)}
 
 
-def server_environment(kv_cache_gib: int, num_servers: int) -> Mapping[str, str]:
-    """The same for a vLLM server, with its engine in another process, on its share of the cores."""
+def server_environment(kv_cache_gib: int, num_processes: int) -> Mapping[str, str]:
+    """The same for a vLLM server, with its engine in another process.
+
+    On a CPU host it has its share of the cores, among `num_processes`.
+    """
     environment = dict(vllm_environment(kv_cache_gib))
     del environment["VLLM_ENABLE_V1_MULTIPROCESSING"]
     if not has_cuda():
-        num_threads = len(os.sched_getaffinity(0)) // (num_servers + 1)  # the trainer has one too
+        num_threads = len(os.sched_getaffinity(0)) // num_processes
         environment["OMP_NUM_THREADS"] = str(max(1, num_threads))
     return environment
 
@@ -148,10 +151,15 @@ def pack_experts_anew(model: torch.nn.Module) -> None:
             method.moe_kernel = None
 
 
-def limit_threads(num_local_processes: int) -> None:
-    """Share the cores among the processes of a CPU host; oversubscribed threads thrash."""
+def num_local_processes() -> int:
+    """Training processes of this machine, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def limit_threads(num_processes: int) -> None:
+    """Share the cores among processes of a CPU host; oversubscribed threads thrash."""
     if not has_cuda():
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_local_processes))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_processes))
 
 
 class _CpuForCuda(TorchFunctionMode):

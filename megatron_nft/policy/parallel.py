@@ -20,7 +20,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
     host.prepare()
     if host.has_cuda():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    host.limit_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    host.limit_threads(host.num_local_processes())
     dist.init_process_group(host.backend(), timeout=timedelta(seconds=timeout_s))
     lay_groups(parallel, seed)
 

@@ -18,6 +18,7 @@ from megatron_nft.rollout.engine import Digests
 from megatron_nft.rollout.transfer import Cargo, Sender, SendError, address_towards
 
 CONNECT_TIMEOUT_S = 10.0
+SLACK_S = 10.0  # for a worker's own error to come before the end of the server's time
 TOKENS_COUNTER = "vllm:generation_tokens_total"
 Params = Mapping[str, Any]  # vLLM's SamplingParams
 
@@ -134,19 +135,33 @@ class Client:
     async def receive_cargo(
         self, cargo: Cargo, timeout_s: float, *, is_trial: bool = False
     ) -> list[Digests]:
-        """Send the workers tensors: what each received. In a trial they are no weights."""
+        """Send the workers tensors: what each received. In a trial they are no weights.
+
+        Args:
+            timeout_s: for the whole.
+        """
         method = "try_to_receive" if is_trial else "receive_sent"
-        sender = Sender(cargo, address_towards(self.url), timeout_s)
+        sender = await asyncio.to_thread(self._sender, cargo, timeout_s)
         sending = asyncio.wrap_future(sender.sent)
-        asked = self.call(method, timeout_s, within_s=timeout_s, **sender.address)
+        asked = self.call(method, timeout_s + SLACK_S, within_s=timeout_s, **sender.address)
         receiving = asyncio.create_task(asked)
         try:
             return (await asyncio.gather(receiving, sending))[0]
         except SendError as error:
+            await asyncio.wait([receiving], timeout=SLACK_S)
+            if receiving.done():
+                receiving.result()  # the workers may know why
             raise ServerError(f"{self.url}: {error}") from error
         finally:
             sender.give_up()
             receiving.cancel()
+            del sending  # its error would keep this call's cargo
+
+    def _sender(self, cargo: Cargo, timeout_s: float) -> Sender:
+        try:
+            return Sender(cargo, address_towards(self.url), timeout_s)
+        except (OSError, RuntimeError) as error:
+            raise Unreachable(f"no way for weights to {self.url}: {error}") from error
 
     async def pause(self, timeout_s: float) -> None:
         """Sample nothing, but lose nothing; new questions wait too."""

@@ -272,7 +272,10 @@ class Fleet:
 
     async def _probe_live(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
         found = {}
-        for member in [m for m in self.live if m.version == self.weights.version]:
+        while members := [
+            m for m in self.live if m.version == self.weights.version and m.name not in found
+        ]:  # one may come back meanwhile
+            member = members[0]
             task = member.begin(self._probe(member, texts))
             await asyncio.wait([task])
             if not task.cancelled() and not isinstance(task.exception(), ServerError):
@@ -308,16 +311,20 @@ class Fleet:
     async def _restart(self, member: Member) -> None:
         member.start(self.weights.path)
         await member.until_ready(self._start_timeout_s)
-        weights = None
-        while weights is not self.weights:  # newer ones may come meanwhile
-            weights, probed = self.weights, self._probed
-            if weights.digests:
-                await member.take(weights, self._start_timeout_s, is_running=False)
-            if any(digests != weights.digests for digests in member.received):
-                raise ServerError(f"it did not receive weights version {weights.version} as it was")
-            if probed:
+        weights = probed = None
+        while weights is not self.weights or probed is not self._probed:  # newer ones may come
+            if weights is not self.weights:
+                weights = self.weights
+                await self._give_again(member, weights)
+            if probed := self._probed:
                 await self._compare(member, *probed)
         member.join()
+
+    async def _give_again(self, member: Member, weights: Weights) -> None:
+        if weights.digests:
+            await member.take(weights, self._start_timeout_s, is_running=False)
+        if any(digests != weights.digests for digests in member.received):
+            raise ServerError(f"it did not receive weights version {weights.version} as it was")
 
     async def _compare(
         self, member: Member, texts: Sequence[np.ndarray], expected: Sequence[np.ndarray]

@@ -43,11 +43,15 @@ class Receiver:
         Returns the digest of each as it arrived.
         """
         digests: dict[str, str] = {}
+        failures: list[Exception] = []
         model = self.model_runner.get_model()
         host.pack_experts_anew(model)
         weights = _of_directory(Path(path)) if weights is None else weights
-        self.reload_weights(weights_iterator=digested(weights, digests))
+        weights = _until_failure(digested(weights, digests), failures)
+        self.reload_weights(weights_iterator=weights)
         host.repack_tied_head(model)
+        if failures:
+            raise failures[0]
         return digests
 
     def receive_sent(self, host: str, port: int, backend: str, within_s: float) -> dict[str, str]:
@@ -85,6 +89,20 @@ def digested(
     for name, tensor in weights:
         digests[name] = digest(tensor)
         yield name, tensor
+
+
+def _until_failure(
+    weights: Iterable[tuple[str, Tensor]], failures: list[Exception]
+) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, and where they break off, an end: vLLM has to finish what it began.
+
+    It keeps what came of a layer until the rest comes, and would go on from there at the next
+    reload, with that one's tensors in the places of others.
+    """
+    try:
+        yield from weights
+    except (RuntimeError, ValueError, OSError) as error:
+        failures.append(error)
 
 
 def _rows(shapes: list[tuple[int, ...] | None], whole: tuple[int, ...]) -> list[int]:

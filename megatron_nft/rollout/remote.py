@@ -1,4 +1,4 @@
-"""vLLM servers, of this run or of others: asked over HTTP by one process, weights by files.
+"""vLLM servers, of this run or of others: asked over HTTP by one process.
 
 Process 0 talks to the servers, from a thread with an event loop of its own, so that a batch can
 be sampled while the policy trains. Weights are written once, as a Hugging Face directory that
@@ -53,7 +53,8 @@ class RemoteEngine:
     Args:
         path: the Hugging Face directory that the first weights and the architecture come from.
         max_tokens: prompt and response together.
-        run_dir: its `engine/weights` are read by all servers, its `logs` are those of ours.
+        run_dir: weights that go by files are in its `engine/weights`, the logs of servers that are
+            started here in its `logs`.
 
     Raises:
         ValueError: too few GPUs for the servers, or a server given by address does not fit.
@@ -182,7 +183,8 @@ class RemoteEngine:
 
     def _member(self, number: int, gpus: Sequence[str]) -> Member:
         log = self._run_dir / "logs" / f"engine_{number}.log"
-        process = ServerProcess(log, servers.environment(self._rollout, gpus))
+        num_processes = host.num_local_processes() + self._rollout.num_servers
+        process = ServerProcess(log, servers.environment(self._rollout, gpus, num_processes))
         self._processes.append(process)
         client = Client(socket=process.socket)
         where = ("--uds", process.socket)
@@ -209,11 +211,13 @@ class RemoteEngine:
 
     async def _trouble(self, client: Client) -> str:
         longest = await client.max_model_len(ANSWER_WITHIN_S)
+        await client.resume(ANSWER_WITHIN_S)  # a run that died may have left it paused
         await client.probe(np.zeros(2, np.int32), self._rollout.stall_timeout_s)
         if longest < self._max_tokens:
             return f"takes {longest} tokens of prompt and response, and the run {self._max_tokens}"
         if self._sends:
-            await client.receive_cargo(self._cargo({}), TRIAL_TIMEOUT_S, is_trial=True)
+            trial = self._cargo({"trial": torch.zeros(1)})
+            await client.receive_cargo(trial, TRIAL_TIMEOUT_S, is_trial=True)
             return ""
         directory = str(self._weights_directory)
         sees = (await client.call("sees", ANSWER_WITHIN_S, directory=directory))[0]

@@ -52,8 +52,15 @@ def command(
     return [*program, *(str(o) for pair in options.items() for o in pair), *flags, *map(str, where)]
 
 
-def environment(rollout: RolloutConfig, gpus: Sequence[str]) -> dict[str, str]:
-    """A server's variables: the caller's without torchrun's, and what makes it take weights."""
+def environment(
+    rollout: RolloutConfig, gpus: Sequence[str] = (), num_processes: int = 1
+) -> dict[str, str]:
+    """A server's variables: the caller's without torchrun's, and what makes it take weights.
+
+    Args:
+        gpus: those it sees; empty: all.
+        num_processes: that share a CPU host's cores, this one included.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -62,7 +69,7 @@ def environment(rollout: RolloutConfig, gpus: Sequence[str]) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), kept.get("PYTHONPATH")]))
     ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": path}
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
-    needed = host.server_environment(rollout.cpu_kv_cache_gib, rollout.num_servers)
+    needed = host.server_environment(rollout.cpu_kv_cache_gib, num_processes)
     return kept | dict(needed) | ours | visible
 
 
@@ -76,7 +83,7 @@ def shares_of_gpus(rollout: RolloutConfig, num_gpus: int) -> list[list[str]]:
         return [[] for _ in range(rollout.num_servers)]
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = names if names != [""] else [str(i) for i in range(num_gpus)]
-    num_trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_trainers = host.num_local_processes()
     needed, size = num_trainers + rollout.num_servers * rollout.tensor, rollout.tensor
     if needed > len(names):
         raise ValueError(

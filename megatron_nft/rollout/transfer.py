@@ -6,15 +6,18 @@ when it dies, the others get their weights all the same.
 """
 
 import json
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
 from math import prod
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -25,6 +28,8 @@ from checkpoints_conversion.buckets import BUCKET_BYTES, buckets
 
 LOOK_EVERY_S = 0.02
 NUM_WORKERS = "number of workers"  # a key
+ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # torch's variable
+_environment = threading.Lock()  # there is a thread a server
 Layout = list[tuple[str, list[int], str]]  # of a bucket's tensors: name, shape, dtype
 
 
@@ -47,14 +52,18 @@ class Sender:
 
     Args:
         host: the address of this machine that the server can reach.
-        timeout_s: for each bucket.
+        timeout_s: that each wait may take: for the workers, and for a bucket to get through.
+
+    Raises:
+        RuntimeError: there is no place to meet at that address.
     """
 
     def __init__(self, cargo: Cargo, host: str, timeout_s: float) -> None:
         self.sent: Future[None] = Future()  # a SendError, or None once all is sent
-        self._cargo, self._timeout = cargo, timedelta(seconds=timeout_s)
+        self._cargo: Cargo | None = cargo
+        self._timeout = timedelta(seconds=timeout_s)
         self._is_given_up = threading.Event()
-        self._store = dist.TCPStore(
+        self._store: dist.Store | None = dist.TCPStore(
             host, 0, cargo.num_workers + 1, True, self._timeout, wait_for_workers=False
         )
         self.address = {"host": host, "port": self._store.port, "backend": cargo.backend}
@@ -62,35 +71,44 @@ class Sender:
         threading.Thread(target=self._run, name="weights", daemon=True).start()
 
     def give_up(self) -> None:
-        """Stop where it stands."""
+        """Stop before the next bucket."""
         self._is_given_up.set()
 
     def _run(self) -> None:
+        failure: SendError | None = SendError("weights did not get through: the thread ended")
         try:
-            self._send()
+            self._send(self._cargo, self._store)
+            failure = None
         except RuntimeError as error:
-            self.sent.set_exception(SendError(f"weights did not get through: {error}"))
-        else:
-            self.sent.set_result(None)
+            failure = SendError(f"weights did not get through: {error}")
+        finally:  # whoever waits hears of it in any case, and keeps no weights by keeping the error
+            self._cargo = None
+            if failure:
+                self._store = None
+                self.sent.set_exception(failure)
+            else:
+                self.sent.set_result(None)  # the workers may still have to read the last keys
 
-    def _send(self) -> None:
-        self._store.set(NUM_WORKERS, str(self._cargo.num_workers))
-        self._wait_for([_arrival(rank) for rank in range(1, self._cargo.num_workers + 1)])
-        num_members = self._cargo.num_workers + 1
-        group = _group(self._cargo.backend, self._store, 0, num_members, self._timeout)
+    def _send(self, cargo: Cargo, store: dist.Store) -> None:
+        store.set(NUM_WORKERS, str(cargo.num_workers))
+        self._wait_for(store, [_arrival(rank) for rank in range(1, cargo.num_workers + 1)])
         number = -1
-        for number, bucket in enumerate(_in_buckets(self._cargo.tensors)):
-            if self._is_given_up.is_set():
-                raise RuntimeError("given up")
-            layout = [(name, list(t.shape), str(t.dtype)) for name, t in bucket]
-            whole = torch.cat([t.reshape(-1) for _, t in bucket]).to(self._cargo.device)
-            self._store.set(str(number), json.dumps(layout))
-            _broadcast(group, whole)
-        self._store.set(str(number + 1), "[]")
+        with (
+            _beside_other_work(cargo.device),
+            _group(cargo.backend, store, 0, cargo.num_workers + 1, self._timeout) as group,
+        ):
+            for number, bucket in enumerate(_in_buckets(cargo.tensors)):
+                if self._is_given_up.is_set():
+                    raise RuntimeError("given up")
+                layout = [(name, list(t.shape), str(t.dtype)) for name, t in bucket]
+                whole = torch.cat([t.reshape(-1) for _, t in bucket]).to(cargo.device)
+                store.set(str(number), json.dumps(layout))
+                _broadcast(group, whole, self._timeout)
+            store.set(str(number + 1), "[]")
 
-    def _wait_for(self, keys: list[str]) -> None:
+    def _wait_for(self, store: dist.Store, keys: list[str]) -> None:
         deadline = time.monotonic() + self._timeout.total_seconds()
-        while not self._store.check(keys):
+        while not store.check(keys):
             if self._is_given_up.is_set() or time.monotonic() > deadline:
                 raise RuntimeError("the server's workers did not come for them")
             time.sleep(LOOK_EVERY_S)
@@ -115,21 +133,25 @@ def received(
             "(rollout.tensor)"
         )
     store.set(_arrival(rank), "")
-    group = _group(backend, store, rank, num_workers + 1, timeout)
     device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
     number = 0
-    while layout := json.loads(store.get(str(number))):
-        sizes = [prod(shape) for _, shape, _ in layout]
-        dtype = getattr(torch, layout[0][2].removeprefix("torch."))
-        whole = torch.empty(sum(sizes), dtype=dtype, device=device)
-        _broadcast(group, whole)
-        for (name, shape, _), tensor in zip(layout, whole.split(sizes), strict=True):
-            yield name, tensor.view(shape)
-        number += 1
+    with _group(backend, store, rank, num_workers + 1, timeout) as group:
+        while layout := json.loads(store.get(str(number))):
+            sizes = [prod(shape) for _, shape, _ in layout]
+            dtype = getattr(torch, layout[0][2].removeprefix("torch."))
+            whole = torch.empty(sum(sizes), dtype=dtype, device=device)
+            _broadcast(group, whole, timeout)
+            for (name, shape, _), tensor in zip(layout, whole.split(sizes), strict=True):
+                yield name, tensor.view(shape)
+            number += 1
 
 
 def address_towards(url: str) -> str:
-    """This machine's address on the way to a server's; the local one for a server of its own."""
+    """This machine's address on the way to a server's; the local one for a server of its own.
+
+    Raises:
+        OSError: there is no such host, or no way to it.
+    """
     place = urlsplit(url)
     if place.port is None:
         return "127.0.0.1"
@@ -151,20 +173,66 @@ def _arrival(rank: int) -> str:
     return f"worker {rank} is there"
 
 
+def _beside_other_work(device: torch.device) -> Any:
+    """A stream of its own on a GPU: what the trainer's computes meanwhile is not waited for."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
 def _group(
     backend: str, store: dist.Store, rank: int, size: int, timeout: timedelta
-) -> dist.ProcessGroup:
+) -> Iterator[dist.ProcessGroup]:
     """Beside torch's default group: sender and workers have one of these each."""
-    store = dist.PrefixStore("group", store)
+    try:
+        group = _new_group(backend, dist.PrefixStore("group", store), rank, size, timeout)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"no {backend} group of trainer and workers: {error}; where a machine has several "
+            f"networks, {backend.upper()}_SOCKET_IFNAME names the one to use, on either side"
+        ) from error
+    if backend == "gloo":
+        yield group
+        return
+    try:
+        yield group
+        group.shutdown()  # its communicator has memory of the GPU
+    except (RuntimeError, GeneratorExit):
+        group.abort()  # without the member that is lost
+        raise
+
+
+def _new_group(
+    backend: str, store: dist.Store, rank: int, size: int, timeout: timedelta
+) -> dist.ProcessGroup:
     if backend == "gloo":
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
+    with _left_to_us():
+        return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-def _broadcast(group: dist.ProcessGroup, whole: Tensor) -> None:
-    """From rank 0, as bytes: every backend carries those."""
+@contextmanager
+def _left_to_us() -> Iterator[None]:
+    """A group made meanwhile does not end the process when another member dies.
+
+    torch's NCCL watchdog would: it takes a lost member for a lost job. Here `wait` raises.
+    """
+    with _environment:
+        before = os.environ.get(ERROR_HANDLING)
+        os.environ[ERROR_HANDLING] = "0"
+        try:
+            yield
+        finally:
+            del os.environ[ERROR_HANDLING]
+            os.environ |= {} if before is None else {ERROR_HANDLING: before}
+
+
+def _broadcast(group: dist.ProcessGroup, whole: Tensor, timeout: timedelta) -> None:
+    """From rank 0, as bytes: every backend carries those.
+
+    With a timeout, `wait` returns when the bytes are there, also where they move on a stream.
+    """
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
-    group.broadcast([whole.view(torch.uint8)], options).wait()
+    group.broadcast([whole.view(torch.uint8)], options).wait(timeout)
