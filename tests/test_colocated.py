@@ -145,7 +145,7 @@ def _sleep_and_wake(path: Path) -> dict[str, Any]:
 
 
 def _broken_off(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Zeros, in the middle of a fused projection and of a layer at last."""
+    """Zeros, until a fused projection has its first third."""
     for name, tensor in weights:
         yield name, torch.zeros_like(tensor)
         if name.endswith("layers.1.self_attn.q_proj.weight"):

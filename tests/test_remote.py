@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +135,10 @@ def _until_all_live(engine: RemoteEngine) -> None:
     _until(lambda: len(engine._fleet.live) == len(engine._fleet.members))
 
 
-def _until(is_so: Callable[[], bool], timeout_s: float = 120.0) -> None:
+def _until(is_so: Callable[[], bool], timeout_s: float = OPTIONS.start_timeout_s) -> None:
     deadline = time.monotonic() + timeout_s
     while not is_so():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"did not come about within {timeout_s} s"
         time.sleep(0.2)
 
 
@@ -272,47 +273,42 @@ def test_weights_sent_reach_every_server(
     assert sorted(sending._weights_directory.iterdir()) == written
 
 
-@pytest.mark.parametrize(("how", "way"), [(signal.SIGKILL, "gloo"), (signal.SIGSTOP, "files")])
-def test_a_server_that_dies_or_hangs_costs_no_question(
-    engine: RemoteEngine,
-    models: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    how: signal.Signals,
-    way: str,
-) -> None:
-    monkeypatch.setattr(engine, "_rollout", replace(OPTIONS, weight_transfer=way))
-    _load(engine, models[2], version=11)  # not those that the servers started from
-    samples = _tokens(_generate(engine))
-    before = dict(engine.counts)
-    server = _server(engine, 1)
-    victims = [server] if how == signal.SIGKILL else [server, *server.children(recursive=True)]
-    timer = threading.Timer(1.0, lambda: [os.kill(p.pid, how) for p in victims])
-    timer.start()
-    answers = _generate(engine)
-    assert _tokens(answers) == samples
-    assert engine.counts["questions_asked_again"] > before["questions_asked_again"]
+def test_a_server_that_hangs_costs_no_question(engine: RemoteEngine, models: list[Path]) -> None:
+    _load(engine, models[2], version=10)  # not those that the servers started from
+    server, restarts = _server(engine, 1), engine.counts["engine_restarts"]
+    _lose_during_a_batch(engine, [server, *server.children(recursive=True)], signal.SIGSTOP)
     _until_all_live(engine)
-    assert engine.counts["engine_restarts"] == before["engine_restarts"] + 1
+    assert engine.counts["engine_restarts"] == restarts + 1
     _check_probe(engine, models[2])
-    assert _tokens(_generate(engine)) == samples
 
 
-def test_a_server_that_computes_otherwise_does_not_join(
-    engine: RemoteEngine, models: list[Path]
-) -> None:
-    """Or it does once it computes what the others do."""
-    _load(engine, models[0], version=12)
-    fleet, member = engine._fleet, engine._fleet.members[1]
+def test_a_server_that_dies_costs_no_question(sending: RemoteEngine, models: list[Path]) -> None:
+    """And it does not join before it computes what the others do."""
+    _load(sending, models[1], version=11)
+    fleet, member = sending._fleet, sending._fleet.members[1]
     texts, expected = fleet._probed
     with pytest.raises(ServerError, match=r"probe differ by nan"):
-        engine._call(fleet._compare(member, texts, [e * np.nan for e in expected]))
+        sending._call(fleet._compare(member, texts, [e * np.nan for e in expected]))
     fleet._probed = texts, [e + 0.01 for e in expected]
-    os.kill(_server(engine, 1).pid, signal.SIGKILL)
+    samples = _lose_during_a_batch(sending, [_server(sending, 1)], signal.SIGKILL)
     _until(lambda: "probe differ by 1.00e-02 in the mean" in member.trouble)
     assert fleet.live == [fleet.members[0]]
     fleet._probed = texts, expected
-    _until_all_live(engine)
-    _check_probe(engine, models[0])
+    _until_all_live(sending)
+    _check_probe(sending, models[1])
+    assert _tokens(_generate(sending)) == samples
+
+
+def _lose_during_a_batch(
+    engine: RemoteEngine, victims: list[psutil.Process], how: signal.Signals
+) -> Samples:
+    """The batch's, which are those of a batch before."""
+    samples = _tokens(_generate(engine))
+    before = engine.counts["questions_asked_again"]
+    threading.Timer(1.0, lambda: [os.kill(p.pid, how) for p in victims]).start()
+    assert _tokens(_generate(engine)) == samples
+    assert engine.counts["questions_asked_again"] > before
+    return samples
 
 
 def _server(engine: RemoteEngine, number: int) -> psutil.Process:
@@ -350,33 +346,42 @@ def _serve(path: Path, port: int, log: Path) -> None:
     time.sleep(600)
 
 
-def _pause(address: str) -> None:
-    async def pause() -> None:
+def _pause(address: str) -> bool:
+    """Whether it could be done already."""
+
+    async def pause() -> bool:
         client = Client(address)
-        while True:
-            try:
-                await client.pause(10.0)
-                break
-            except Unreachable:
-                await asyncio.sleep(0.5)
-        await client.close()
+        try:
+            await client.pause(10.0)
+        except Unreachable:
+            return False
+        finally:
+            await client.close()
+        return True
 
-    asyncio.run(pause())
+    return asyncio.run(pause())
 
 
-def test_a_server_of_another_process_that_dies(
-    models: list[Path], samples: Samples, tmp_path: Path
-) -> None:
-    """It is used by its address, and ends when the process that started it is killed."""
+@pytest.fixture
+def given(models: list[Path], tmp_path: Path) -> Iterator[tuple[str, BaseProcess]]:
+    """The address of a server, and the process that started it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     owner = context.Process(target=_serve, args=(models[0], port, tmp_path / "server.log"))
     owner.start()
-    address = f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}", owner
+    owner.kill()
+
+
+def test_a_server_of_another_process_that_dies(
+    models: list[Path], samples: Samples, tmp_path: Path, given: tuple[str, BaseProcess]
+) -> None:
+    """It is used by its address, and ends when the process that started it is killed."""
+    address, owner = given
     options = replace(OPTIONS, servers=[address])
-    _pause(address)  # as a run does that dies meanwhile
+    _until(lambda: _pause(address))  # as a run leaves it that dies while weights change
     engine = _start(models[0], tmp_path, options)
     processes = psutil.Process(owner.pid).children(recursive=True)
     assert len(processes) >= 4  # guard, server, engine, worker

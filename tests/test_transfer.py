@@ -98,9 +98,9 @@ def test_another_number_of_workers_is_named() -> None:
 def test_a_sender_that_is_silent_is_not_waited_for() -> None:
     sender = _sender(num_workers=2)  # the other worker does not come
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"no gloo group .* GLOO_SOCKET_IFNAME"):
-        _receive(sender, num_workers=2, timeout_s=1.0)
-    assert time.monotonic() - started < 20
+    with pytest.raises(RuntimeError, match=r"(?s)no gloo group .* GLOO_SOCKET_IFNAME"):
+        _receive(sender, num_workers=2, timeout_s=5.0)
+    assert time.monotonic() - started < 30
     sender.give_up()
 
 

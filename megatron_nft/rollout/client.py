@@ -15,7 +15,8 @@ import msgspec
 import numpy as np
 
 from megatron_nft.rollout.engine import Digests
-from megatron_nft.rollout.transfer import Cargo, Sender, SendError, address_towards
+from megatron_nft.rollout.receiver import Received
+from megatron_nft.rollout.transfer import Cargo, Sender, address_towards
 
 CONNECT_TIMEOUT_S = 10.0
 SLACK_S = 10.0  # for a worker's own error to come before the end of the server's time
@@ -130,7 +131,7 @@ class Client:
 
     async def receive(self, path: Path, timeout_s: float) -> list[Digests]:
         """Have the workers take a directory's weights: what each received."""
-        return await self.call("receive", timeout_s, path=str(path))
+        return await self._received("receive", timeout_s, path=str(path))
 
     async def receive_cargo(
         self, cargo: Cargo, timeout_s: float, *, is_trial: bool = False
@@ -138,29 +139,37 @@ class Client:
         """Send the workers tensors: what each received. In a trial they are no weights.
 
         Args:
-            timeout_s: for the whole.
+            timeout_s: for each wait on the way, and, with SLACK_S, for the whole.
         """
         method = "try_to_receive" if is_trial else "receive_sent"
-        sender = await asyncio.to_thread(self._sender, cargo, timeout_s)
+        sender = Sender(cargo, await self._address(), timeout_s)
         sending = asyncio.wrap_future(sender.sent)
-        asked = self.call(method, timeout_s + SLACK_S, within_s=timeout_s, **sender.address)
+        asked = self._received(method, timeout_s + SLACK_S, within_s=timeout_s, **sender.address)
         receiving = asyncio.create_task(asked)
         try:
-            return (await asyncio.gather(receiving, sending))[0]
-        except SendError as error:
-            await asyncio.wait([receiving], timeout=SLACK_S)
-            if receiving.done():
-                receiving.result()  # the workers may know why
-            raise ServerError(f"{self.url}: {error}") from error
+            await asyncio.wait([receiving, sending], return_when=asyncio.FIRST_COMPLETED)
+            # one that cannot send is told why by its workers, sometimes
+            await asyncio.wait([receiving], timeout=SLACK_S if _has_failed(sending) else None)
+            troubles = [str(f.exception()) for f in (sending, receiving) if _has_failed(f)]
+            if receiving.done() and not _has_failed(receiving):
+                return receiving.result()
+            raise ServerError(f"{self.url}: {'; '.join(troubles)}")
         finally:
             sender.give_up()
+            sending.cancel()
             receiving.cancel()
-            del sending  # its error would keep this call's cargo
 
-    def _sender(self, cargo: Cargo, timeout_s: float) -> Sender:
+    async def _received(self, method: str, timeout_s: float, **kwargs: Any) -> list[Digests]:
+        received: list[Received] = await self.call(method, timeout_s, **kwargs)
+        for worker, each in enumerate(received):
+            if each["failure"]:
+                raise ServerError(f"worker {worker} did not take the weights: {each['failure']}")
+        return [each["digests"] for each in received]
+
+    async def _address(self) -> str:
         try:
-            return Sender(cargo, address_towards(self.url), timeout_s)
-        except (OSError, RuntimeError) as error:
+            return await asyncio.to_thread(address_towards, self.url)
+        except OSError as error:
             raise Unreachable(f"no way for weights to {self.url}: {error}") from error
 
     async def pause(self, timeout_s: float) -> None:
@@ -205,3 +214,7 @@ class Client:
                 f"{self.url}{path}: HTTP {response.status}: {body.decode(errors='replace')}"
             )
         return body
+
+
+def _has_failed(future: asyncio.Future[Any]) -> bool:
+    return future.done() and future.exception() is not None

@@ -97,13 +97,15 @@ class ColocatedEngine:
         torch.cuda.empty_cache()  # what torch keeps for itself, vLLM cannot wake in
         with host.suspended():
             self._wake("weights")
-            digests = self._llm.collective_rpc("receive", kwargs={"weights": weights})[0]
+            received = self._llm.collective_rpc("receive", kwargs={"weights": weights})[0]
+            if received["failure"]:
+                raise RuntimeError(f"the engine did not take the weights: {received['failure']}")
             self._wake("kv_cache")
             is_forgotten = self._llm.reset_prefix_cache()
         assert is_forgotten, "cached prefixes are in use"
         assert not self._is_asleep
         self.version = version
-        return {f"engine {self.number}": digests}
+        return {f"engine {self.number}": received["digests"]}
 
     def held(self, shapes: Mapping[str, tuple[int, ...]]) -> Digests:
         """Digests of what the engine keeps of tensors of these names and shapes; see Receiver."""

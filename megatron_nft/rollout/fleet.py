@@ -314,9 +314,10 @@ class Fleet:
         weights = probed = None
         while weights is not self.weights or probed is not self._probed:  # newer ones may come
             if weights is not self.weights:
-                weights = self.weights
+                weights, probed = self.weights, None
                 await self._give_again(member, weights)
-            if probed := self._probed:
+            else:
+                probed = self._probed
                 await self._compare(member, *probed)
         member.join()
 

@@ -4,9 +4,10 @@ vLLM mixes the class into its worker (`worker_extension_cls`) and calls its meth
 (`collective_rpc`).
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -15,7 +16,19 @@ from checkpoints_conversion.hf_files import HFWeights, read_hf_config
 from megatron_nft.policy import host
 from megatron_nft.rollout.transfer import received
 
+logger = logging.getLogger("megatron_nft")
+
+# of files, the network, torch and vLLM's loaders
+TROUBLES = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError)
+TROUBLES += (AssertionError, ArithmeticError)
 RECEIVER = "megatron_nft.rollout.receiver.Receiver"
+
+
+class Received(TypedDict):
+    """What one worker says of weights that were to be taken."""
+
+    digests: dict[str, str]  # of each tensor as it arrived
+    failure: str  # why they were not all taken; empty: they were
 
 
 def precision(quantization: str, dtype: str) -> dict[str, str]:
@@ -29,7 +42,11 @@ def precision(quantization: str, dtype: str) -> dict[str, str]:
 
 
 class Receiver:
-    """Methods that a vLLM worker gets."""
+    """Methods that a vLLM worker gets.
+
+    What goes wrong with weights is told, not raised: where a server has several workers, vLLM
+    hears the first one's error alone, and takes those of the others for answers to later calls.
+    """
 
     def sees(self, directory: str) -> bool:
         """Whether weights that are written there can be received."""
@@ -37,30 +54,37 @@ class Receiver:
 
     def receive(
         self, weights: Iterable[tuple[str, Tensor]] | None = None, path: str = ""
-    ) -> dict[str, str]:
-        """Take whole tensors under their Hugging Face names in place, or those of a directory.
+    ) -> Received:
+        """Take whole tensors under their Hugging Face names in place, or those of a directory."""
+        return self._receive(_of_directory(Path(path)) if weights is None else weights)
 
-        Returns the digest of each as it arrived.
-        """
+    def receive_sent(self, host: str, port: int, backend: str, within_s: float) -> Received:
+        """The same, of what a transfer.Sender there sends."""
+        return self._receive(self._sent(host, port, backend, within_s))
+
+    def try_to_receive(self, host: str, port: int, backend: str, within_s: float) -> Received:
+        """See what is sent, which is not taken as weights."""
         digests: dict[str, str] = {}
-        failures: list[Exception] = []
+        try:
+            for _ in digested(self._sent(host, port, backend, within_s), digests):
+                pass
+        except TROUBLES as error:
+            return _failed(digests, error)
+        return Received(digests=digests, failure="")
+
+    def _receive(self, weights: Iterable[tuple[str, Tensor]]) -> Received:
+        digests: dict[str, str] = {}
         model = self.model_runner.get_model()
         host.pack_experts_anew(model)
-        weights = _of_directory(Path(path)) if weights is None else weights
-        weights = _until_failure(digested(weights, digests), failures)
-        self.reload_weights(weights_iterator=weights)
+        try:
+            self.reload_weights(weights_iterator=digested(weights, digests))
+        except TROUBLES as error:
+            # vLLM keeps what came of a layer until the rest comes, and would go on from there at
+            # the next reload, with that one's tensors in the places of others: let it finish.
+            self.reload_weights(weights_iterator=iter(()))
+            return _failed(digests, error)
         host.repack_tied_head(model)
-        if failures:
-            raise failures[0]
-        return digests
-
-    def receive_sent(self, host: str, port: int, backend: str, within_s: float) -> dict[str, str]:
-        """The same, of what a transfer.Sender there sends."""
-        return self.receive(self._sent(host, port, backend, within_s))
-
-    def try_to_receive(self, host: str, port: int, backend: str, within_s: float) -> dict[str, str]:
-        """Digests of what is sent, which is not taken as weights."""
-        return {name: digest(t) for name, t in self._sent(host, port, backend, within_s)}
+        return Received(digests=digests, failure="")
 
     def _sent(self, *sender: Any) -> Iterator[tuple[str, Tensor]]:
         return received(*sender, rank=self.rank + 1, num_workers=self.parallel_config.world_size)
@@ -91,18 +115,9 @@ def digested(
         yield name, tensor
 
 
-def _until_failure(
-    weights: Iterable[tuple[str, Tensor]], failures: list[Exception]
-) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, and where they break off, an end: vLLM has to finish what it began.
-
-    It keeps what came of a layer until the rest comes, and would go on from there at the next
-    reload, with that one's tensors in the places of others.
-    """
-    try:
-        yield from weights
-    except (RuntimeError, ValueError, OSError) as error:
-        failures.append(error)
+def _failed(digests: dict[str, str], error: Exception) -> Received:
+    logger.error("weights were not taken", exc_info=error)
+    return Received(digests=digests, failure=f"{type(error).__name__}: {error}")
 
 
 def _rows(shapes: list[tuple[int, ...] | None], whole: tuple[int, ...]) -> list[int]:

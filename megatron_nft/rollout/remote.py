@@ -183,7 +183,9 @@ class RemoteEngine:
 
     def _member(self, number: int, gpus: Sequence[str]) -> Member:
         log = self._run_dir / "logs" / f"engine_{number}.log"
-        num_processes = host.num_local_processes() + self._rollout.num_servers
+        num_processes = self._rollout.num_servers
+        if self._rollout.max_steps_off_policy:  # else the trainers rest while servers sample
+            num_processes += host.num_local_processes()
         process = ServerProcess(log, servers.environment(self._rollout, gpus, num_processes))
         self._processes.append(process)
         client = Client(socket=process.socket)

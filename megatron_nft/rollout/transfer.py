@@ -28,8 +28,8 @@ from checkpoints_conversion.buckets import BUCKET_BYTES, buckets
 
 LOOK_EVERY_S = 0.02
 NUM_WORKERS = "number of workers"  # a key
-ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # torch's variable
-_environment = threading.Lock()  # there is a thread a server
+BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"  # torch's variable
+_environment_lock = threading.Lock()  # there is a thread a server
 Layout = list[tuple[str, list[int], str]]  # of a bucket's tensors: name, shape, dtype
 
 
@@ -52,7 +52,8 @@ class Sender:
 
     Args:
         host: the address of this machine that the server can reach.
-        timeout_s: that each wait may take: for the workers, and for a bucket to get through.
+        timeout_s: that each wait may take: for the workers, and for a bucket to get through. How
+            long NCCL may take to connect is NCCL's affair.
 
     Raises:
         RuntimeError: there is no place to meet at that address.
@@ -174,7 +175,7 @@ def _arrival(rank: int) -> str:
 
 
 def _beside_other_work(device: torch.device) -> Any:
-    """A stream of its own on a GPU: what the trainer's computes meanwhile is not waited for."""
+    """A stream of its own on a GPU: what the trainer computes meanwhile is not waited for."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
@@ -195,10 +196,10 @@ def _group(
         return
     try:
         yield group
-        group.shutdown()  # its communicator has memory of the GPU
-    except (RuntimeError, GeneratorExit):
+    except BaseException:
         group.abort()  # without the member that is lost
         raise
+    group.shutdown()  # its communicator has memory of the GPU
 
 
 def _new_group(
@@ -208,24 +209,21 @@ def _new_group(
         return dist.ProcessGroupGloo(store, rank, size, timeout)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    with _left_to_us():
+    with _errors_left_to_wait():
         return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 @contextmanager
-def _left_to_us() -> Iterator[None]:
-    """A group made meanwhile does not end the process when another member dies.
-
-    torch's NCCL watchdog would: it takes a lost member for a lost job. Here `wait` raises.
-    """
-    with _environment:
-        before = os.environ.get(ERROR_HANDLING)
-        os.environ[ERROR_HANDLING] = "0"
+def _errors_left_to_wait() -> Iterator[None]:
+    """A group made meanwhile has no watchdog of torch's, which would end this process with it."""
+    with _environment_lock:
+        before = os.environ.get(BLOCKING_WAIT)
+        os.environ[BLOCKING_WAIT] = "1"
         try:
             yield
         finally:
-            del os.environ[ERROR_HANDLING]
-            os.environ |= {} if before is None else {ERROR_HANDLING: before}
+            del os.environ[BLOCKING_WAIT]
+            os.environ |= {} if before is None else {BLOCKING_WAIT: before}
 
 
 def _broadcast(group: dist.ProcessGroup, whole: Tensor, timeout: timedelta) -> None:
