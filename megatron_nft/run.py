@@ -178,7 +178,8 @@ class Run(ExitStack):
         config, is_remote = self.config, self.config.rollout.engine == "remote"
         if is_remote and config.rollout.max_steps_off_policy and not config.rollout.servers:
             # they work all the time
-            host.limit_threads(host.num_local_processes() + config.rollout.num_servers)
+            num_workers = config.rollout.num_servers * config.rollout.tensor
+            host.limit_threads(host.num_local_processes() + num_workers)
         kind = partial(RemoteEngine, run_dir=self.directory) if is_remote else ColocatedEngine
         engine = kind(
             Path(config.model.path),

@@ -68,7 +68,7 @@ def one_rollout(run: Run) -> None:
     run.state = replace(state, accuracy=mean_accuracy(record_))
     seconds = {f"seconds/{name}": s for name, s in timer.seconds().items()}
     # the record before the checkpoint: a resumed run can cut a record, but not make up for one
-    run.log(record_ | run.engine_metrics() | seconds)
+    run.log(run.engine_metrics() | record_ | seconds)
     timer.reset()
     if run.saves_after(run.state):
         with timer.phase("checkpoint"):  # counted with the next rollout
@@ -113,7 +113,7 @@ def run_process(path: Path, overrides: list[str]) -> None:
     config = recipe.load(path, overrides)
     fp8.check_environment(config.fp8)
     # rank 0 may wait for a server in the middle of a hand-over
-    timeout_s = max(1800.0, 2 * config.rollout.start_timeout_s)
+    timeout_s = max(1800.0, 3 * config.rollout.start_timeout_s)
     parallel.initialize(config.parallel, config.seed, timeout_s)
     check_once(config)
     train(config)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.collect import Asked, Collector
+from megatron_nft.rollout.collect import Asked, Collector, ask
 from megatron_nft.rollout.colocated import _share
-from megatron_nft.rollout.engine import seed_of
+from megatron_nft.rollout.engine import Answers, Sampling, seed_of
 from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
 from megatron_nft.rollout.questions import Experience, QuestionOrder
 from megatron_nft.rollout.tally import Tally
@@ -143,6 +143,18 @@ def test_questions_that_were_cut_off_are_asked_first_the_next_time() -> None:
     sampler.num_cut = 0
     assert sampler.batch()[0] == [8, 9, *range(10, 16)]
     assert sampler.collector.cut == []
+
+
+def test_what_an_engine_did_not_answer_was_cut_off() -> None:
+    class Hasty:
+        is_collective = False
+
+        def generate(self, problems: Sequence[Problem], *_: object) -> Answers:
+            return [(i, group(i, "+-").responses) for i in (1, 2)]
+
+    asked = ask(Hasty(), None, [problem(n) for n in range(4)], [1.0] * 4, Sampling(2, 1, 1, 9, 0))
+    assert ids(asked.cut) == [0, 3]
+    assert asked.tally.num_cut == 2
 
 
 def test_no_question_is_lost_where_more_were_cut_off_than_are_asked_next() -> None:

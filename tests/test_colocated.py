@@ -51,13 +51,17 @@ def _policy_and_engine(
     return policy, ColocatedEngine(path, tokenizer, options, "float32", max_tokens=64, seed=0)
 
 
-def _sample_after_updates(path: Path, tensor: int, num_updates: int) -> list[dict]:
+def _sample_after_updates(
+    path: Path, tensor: int, num_updates: int, rollout_tensor: int = 1
+) -> list[dict]:
     """Change the policy, hand it over, sample, sleep; as often as asked."""
     from megatron_nft.policy.packing import Sequence
     from megatron_nft.rollout.engine import Sampling
     from megatron_nft.rollout.handover import hand_over
 
-    options = RolloutConfig(max_response_tokens=12, max_sequences=32, temperature=0.7)
+    options = RolloutConfig(
+        max_response_tokens=12, max_sequences=32, temperature=0.7, tensor=rollout_tensor
+    )
     policy, engine = _policy_and_engine(path, options, ParallelConfig(tensor=tensor))
     problems, found = _problems(), []
     for version in range(num_updates):
@@ -89,6 +93,10 @@ def test_engine_holds_the_policys_weights_after_every_update(tmp_path: Path) -> 
     save_tokenizer(path)
     together = run(_sample_after_updates, 2, path, 2, 3)[0]
     alone = run(_sample_after_updates, 1, path, 1, 3)[0]
+    [split, other] = run(_sample_after_updates, 2, path, 1, 2, 2)  # one engine, two replicas
+    assert [found["samples"] for found in split] == [found["samples"] for found in alone[:2]]
+    assert [found["samples"] for found in other] == [found["samples"] for found in split]
+    assert max(found["delta"] for found in split) <= 1e-4
     for ours, single in zip(together, alone, strict=True):
         assert ours["delta"] <= 1e-4
         assert single["delta"] <= 1e-4

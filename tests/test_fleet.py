@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.client import Client, ServerError
+from megatron_nft.rollout.asking import Asking, Question
+from megatron_nft.rollout.client import (
+    Answer,
+    Client,
+    Generated,
+    Logprobs,
+    Probability,
+    ServerError,
+    Span,
+)
 from megatron_nft.rollout.engine import Digests
 from megatron_nft.rollout.fleet import Fleet, Member, Weights
 
@@ -28,10 +37,10 @@ def _logp(version: int) -> np.ndarray:
 class Scripted(Client):
     """A server in so far as it takes weights and computes by them; meanwhile things happen."""
 
-    def __init__(self, during_take: list[Step], during_probe: list[Step]) -> None:
+    def __init__(self, during_take: Sequence[Step] = (), during_probe: Sequence[Step] = ()) -> None:
         super().__init__()
         self.version, self.fleet, self.log = 0, None, []
-        self._during_take, self._during_probe = during_take, during_probe
+        self._during_take, self._during_probe = [*during_take], [*during_probe]
 
     async def _request(self, method: str, path: str, *_: object, **__: object) -> bytes:
         return b'{"success": true}'
@@ -62,6 +71,16 @@ def _hands_over(version: int, *, probes: bool) -> Step:
     return step
 
 
+def _fails(then: Step) -> Step:
+    """As where a directory of weights is removed."""
+
+    def step(fleet: Fleet) -> None:
+        then(fleet)
+        raise ServerError("no such directory")
+
+    return step
+
+
 def _probes(version: int) -> Step:
     def step(fleet: Fleet) -> None:
         fleet._probed = TEXTS, [_logp(version)]
@@ -73,7 +92,7 @@ def _restart(
     during_take: Sequence[Step] = (), during_probe: Sequence[Step] = (), probed: int | None = 1
 ) -> tuple[Member, list[str]]:
     async def run() -> tuple[Member, list[str]]:
-        client = Scripted([*during_take], [*during_probe])
+        client = Scripted(during_take, during_probe)
         member = Member("server 0", client)
         fleet = Fleet([member], _weights(1), RolloutConfig(), 1e-3, Counter())
         client.fleet = fleet
@@ -94,6 +113,7 @@ def _restart(
         ([], [], ["took 1", "probed 1"]),
         ([_hands_over(2, probes=True)], [], ["took 1", "took 2", "probed 2"]),
         ([_hands_over(2, probes=False)], [], ["took 1", "took 2"]),
+        ([_fails(_hands_over(2, probes=True))], [], ["took 1", "took 2", "probed 2"]),
         ([], [_hands_over(2, probes=True)], ["took 1", "probed 1", "took 2", "probed 2"]),
         ([], [_hands_over(2, probes=False)], ["took 1", "probed 1", "took 2"]),
         (
@@ -117,10 +137,36 @@ def test_a_server_that_computes_otherwise_does_not_join() -> None:
         _restart(probed=2)
 
 
+def test_a_server_that_takes_no_weights_does_not_join() -> None:
+    with pytest.raises(ServerError, match="no such directory"):
+        _restart([_fails(lambda fleet: None)])
+
+
+def test_weights_that_arrive_otherwise_are_named() -> None:
+    with pytest.raises(ServerError, match=r"hold weights version 1: other values: w \(1 was sent"):
+        _restart([lambda fleet: setattr(fleet.members[0].client, "version", 7)])
+
+
+def test_a_server_starts_from_what_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directories of earlier versions are removed meanwhile."""
+    started: list[Path] = []
+    monkeypatch.setattr(Member, "start", lambda self, path: started.append(path))
+
+    async def run() -> None:
+        member = Member("server 0", Scripted())
+        fleet = Fleet([member], Weights(Path("model")), RolloutConfig(), 1e-3, Counter())
+        fleet.weights = _weights(5)
+        await fleet._restart(member)
+        await member.client.close()
+
+    asyncio.run(run())
+    assert started == [Path("model")]
+
+
 def test_a_probe_that_is_under_way_looks_at_who_joins_meanwhile() -> None:
     async def run() -> dict[str, list[np.ndarray]]:
-        late = Scripted([], [])
-        members = [Member("server 0", Scripted([], [lambda _: members[1].join()]))]
+        late = Scripted()
+        members = [Member("server 0", Scripted(during_probe=[lambda _: members[1].join()]))]
         members.append(Member("server 1", late))
         fleet = Fleet(members, _weights(1), RolloutConfig(), 1e-3, Counter())
         members[0].client.version = late.version = 1
@@ -134,3 +180,52 @@ def test_a_probe_that_is_under_way_looks_at_who_joins_meanwhile() -> None:
                 await member.client.close()
 
     assert list(asyncio.run(run())) == ["server 0", "server 1"]
+
+
+# questions
+
+
+class Flaky(Scripted):
+    """Answers all questions, or loses them all."""
+
+    def __init__(self, *, is_good: bool) -> None:
+        super().__init__()
+        self.is_good = is_good
+
+    async def generate(self, *_: object) -> Generated:
+        await asyncio.sleep(0)
+        if not self.is_good:
+            raise ServerError("hung up")
+        answer = Answer(0, "stop", [1], Logprobs([Probability(-1.0)]), [Span("1")])
+        return Generated([answer])
+
+
+def _ask(*are_good: bool) -> tuple[dict[int, list[Answer]], Counter[str]]:
+    """Twenty questions, of servers that are back at once."""
+
+    async def run() -> tuple[dict[int, list[Answer]], Counter[str]]:
+        members = [Member(f"server {i}", Flaky(is_good=good)) for i, good in enumerate(are_good)]
+        counts = Counter()
+        fleet = Fleet(members, _weights(1), RolloutConfig(), 1e-3, counts)
+        for member in members:
+            member.version = 1
+            member.join()
+            member.lose = lambda trouble: None  # and back
+        questions = {i: Question([1], {}) for i in range(20)}
+        try:
+            return await Asking(fleet, questions, 20, 2, counts).run(), counts
+        finally:
+            await fleet.close()
+
+    return asyncio.run(run())
+
+
+def test_a_server_that_loses_everything_costs_no_question_while_another_lives() -> None:
+    answers, counts = _ask(False, True, False)
+    assert sorted(answers) == list(range(20))
+    assert 0 < counts["questions_asked_again"] <= 2 * 20  # not asked twice of one that lost it
+
+
+def test_questions_that_every_server_loses_again_and_again_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"asked \d+ times in vain, last: hung up"):
+        _ask(False, False)

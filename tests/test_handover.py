@@ -14,7 +14,8 @@ from torch import Tensor
 from toys import VOCAB_SIZE, save_qwen2, save_tokenizer
 
 from megatron_nft.config import Config, DataConfig, ModelConfig, RolloutConfig
-from megatron_nft.rollout.handover import allowed, differences, probe_texts
+from megatron_nft.rollout.engine import differences
+from megatron_nft.rollout.handover import allowed, probe_texts
 from megatron_nft.rollout.receiver import _rows
 
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"

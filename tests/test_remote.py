@@ -6,6 +6,7 @@ Two servers are shared by the tests, which run in their order; each leaves them 
 import asyncio
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import threading
@@ -30,7 +31,7 @@ from megatron_nft.rollout import servers, transfer
 from megatron_nft.rollout.client import Client, ServerError, Unreachable
 from megatron_nft.rollout.engine import Answers, Sampling
 from megatron_nft.rollout.fleet import Member
-from megatron_nft.rollout.groups import Problem
+from megatron_nft.rollout.groups import Problem, Response
 from megatron_nft.rollout.remote import RemoteEngine
 from megatron_nft.rollout.servers import ServerProcess
 
@@ -47,6 +48,7 @@ OPTIONS = RolloutConfig(
     stall_timeout_s=5.0,
     start_timeout_s=300.0,
 )
+GIVEN = replace(OPTIONS, tensor=2)  # of a server that the run does not start
 TEXTS = [np.arange(2, 12, dtype=np.int32), np.arange(30, 37, dtype=np.int32)]
 Samples = dict[tuple[int, int], list[int]]
 
@@ -216,14 +218,33 @@ def test_weights_that_change_during_a_batch_lose_no_question(
     engine: RemoteEngine, models: list[Path]
 ) -> None:
     with ThreadPoolExecutor(1) as thread:
-        batch = thread.submit(_generate, engine)
+        batch = thread.submit(_generate, engine, replace(SAMPLING, top_p=1.0))
         time.sleep(1.0)
         assert not batch.done()
         _load(engine, models[1], version=4)
         answers = batch.result()
     assert len(_tokens(answers)) == NUM_PROBLEMS * SAMPLING.answers
     assert {r.version for _, rs in answers for r in rs} == {3, 4}
+    changed = [(PROBLEMS[i], r) for i, rs in answers for r in rs if r.version == 3]
+    longest = sorted(changed, key=lambda pair: -len(pair[1].tokens))[:10]
+    switches = [_switch(problem, r, models[0], models[1]) for problem, r in longest]
+    assert any(0 < at < len(r.tokens) for at, (_, r) in zip(switches, longest, strict=True))
     _load(engine, models[0], version=5)
+
+
+def _switch(problem: Problem, response: Response, old: Path, new: Path) -> int:
+    """How many of the tokens have the old model's log-probabilities; the others have the new one's.
+
+    That of a token after the change is by the new model from its first layer on, of all before it.
+    """
+    text = np.concatenate([problem.prompt_tokens, response.tokens])
+    start = len(problem.prompt_tokens) - 1
+    is_old, is_new = (
+        np.abs(_logp(path, text)[start:] - response.logp) < 1e-3 for path in (old, new)
+    )
+    at = len(is_old) if is_old.all() else int(is_old.argmin())
+    assert is_new[at:].all()
+    return at
 
 
 def test_a_byte_that_changes_on_the_way_is_seen(
@@ -275,11 +296,14 @@ def test_weights_sent_reach_every_server(
 
 def test_a_server_that_hangs_costs_no_question(engine: RemoteEngine, models: list[Path]) -> None:
     _load(engine, models[2], version=10)  # not those that the servers started from
-    server, restarts = _server(engine, 1), engine.counts["engine_restarts"]
-    _lose_during_a_batch(engine, [server, *server.children(recursive=True)], signal.SIGSTOP)
+    restarts = engine.counts["engine_restarts"]
+    children = _server(engine, 1).children(recursive=True)  # the engine; the server still speaks
+    samples = _lose_during_a_batch(engine, children, signal.SIGSTOP)
+    assert re.search("questions and no token for", engine._fleet.members[1].trouble)
     _until_all_live(engine)
     assert engine.counts["engine_restarts"] == restarts + 1
     _check_probe(engine, models[2])
+    assert _tokens(_generate(engine)) == samples
 
 
 def test_a_server_that_dies_costs_no_question(sending: RemoteEngine, models: list[Path]) -> None:
@@ -287,6 +311,7 @@ def test_a_server_that_dies_costs_no_question(sending: RemoteEngine, models: lis
     _load(sending, models[1], version=11)
     fleet, member = sending._fleet, sending._fleet.members[1]
     texts, expected = fleet._probed
+    restarts = sending.counts["engine_restarts"]
     with pytest.raises(ServerError, match=r"probe differ by nan"):
         sending._call(fleet._compare(member, texts, [e * np.nan for e in expected]))
     fleet._probed = texts, [e + 0.01 for e in expected]
@@ -295,6 +320,7 @@ def test_a_server_that_dies_costs_no_question(sending: RemoteEngine, models: lis
     assert fleet.live == [fleet.members[0]]
     fleet._probed = texts, expected
     _until_all_live(sending)
+    assert sending.counts["engine_restarts"] == restarts + 1
     _check_probe(sending, models[1])
     assert _tokens(_generate(sending)) == samples
 
@@ -341,8 +367,8 @@ def test_a_server_that_dies_while_weights_are_sent(
 def _serve(path: Path, port: int, log: Path) -> None:
     """A server as a user would start it, on a port, for as long as this process lives."""
     where = ("--host", "127.0.0.1", "--port", port)
-    process = ServerProcess(log, servers.environment(OPTIONS))
-    process.start(servers.command(path, OPTIONS, "float32", MAX_TOKENS, 0, *where))
+    process = ServerProcess(log, servers.environment(GIVEN))
+    process.start(servers.command(path, GIVEN, "float32", MAX_TOKENS, 0, *where))
     time.sleep(600)
 
 
@@ -375,23 +401,42 @@ def given(models: list[Path], tmp_path: Path) -> Iterator[tuple[str, BaseProcess
     owner.kill()
 
 
+def _broken_once(function: Callable[..., None]) -> Callable[..., None]:
+    calls = iter([RuntimeError("broken by the test")])
+
+    def broken(*args: object) -> None:
+        for error in calls:
+            raise error
+        function(*args)
+
+    return broken
+
+
 def test_a_server_of_another_process_that_dies(
-    models: list[Path], samples: Samples, tmp_path: Path, given: tuple[str, BaseProcess]
+    models: list[Path],
+    samples: Samples,
+    tmp_path: Path,
+    given: tuple[str, BaseProcess],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is used by its address, and ends when the process that started it is killed."""
     address, owner = given
-    options = replace(OPTIONS, servers=[address])
+    options = replace(GIVEN, servers=[address])
     _until(lambda: _pause(address))  # as a run leaves it that dies while weights change
     engine = _start(models[0], tmp_path, options)
     processes = psutil.Process(owner.pid).children(recursive=True)
-    assert len(processes) >= 4  # guard, server, engine, worker
+    assert len(processes) >= 5  # guard, server, engine, two workers
     assert _tokens(_generate(engine)) == samples
     _load(engine, models[1], version=1)
+    with pytest.raises(ValueError, match=r"(?s)has 2 workers, and the run sends weights to 1"):
+        _start(models[0], tmp_path, replace(options, weight_transfer="gloo", tensor=1))
     sending = _start(models[0], tmp_path, replace(options, weight_transfer="gloo"))
-    _load(sending, models[2], version=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "_broadcast", _broken_once(transfer._broadcast))
+        _load(sending, models[2], version=2)  # both workers are in step after a failure of both
+    assert sending.counts["engine_restarts"] == 1
+    _load(sending, models[1], version=3)
     sending.close()
-    with pytest.raises(ValueError, match=r"(?s)has 1 workers, and the run sends weights to 2"):
-        _start(models[0], tmp_path, replace(options, weight_transfer="gloo", tensor=2))
     with pytest.raises(ValueError, match=r"(?s)takes 2048 tokens.*--max-model-len 4096"):
         RemoteEngine(models[0], engine._tokenizer, options, "float32", 4096, 0, tmp_path)
     engine._fleet._start_timeout_s = 3.0

@@ -59,9 +59,8 @@ def test_environment_leaves_torchrun_behind(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU hosts share cores")
 def test_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    for num_processes, threads in ((1, "16"), (3, "5"), (40, "1")):
-        found = servers.environment(OPTIONS, num_processes=num_processes)
-        assert found["OMP_NUM_THREADS"] == threads
+    for shares, threads in (((1,), "8"), ((2, 1), "3"), ((40,), "1")):  # of two workers each
+        assert servers.environment(OPTIONS, (), *shares)["OMP_NUM_THREADS"] == threads
 
 
 def test_gpus_come_after_those_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:

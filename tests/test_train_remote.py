@@ -17,11 +17,11 @@ AHEAD = [*REMOTE, "old_logp=rollout", "rollout.max_steps_off_policy=1"]
 LEARNED = ("loss", "grad_norm", "entropy", "tokens_sampled", "accuracy_all", "accuracy_kept")
 
 
-def assert_same(found: list[dict], expected: list[dict], rel: float) -> None:
+def assert_same(found: list[dict], expected: list[dict], rel: float, abs: float = 1e-6) -> None:
     assert [r["step"] for r in found] == [r["step"] for r in expected]
     for ours, theirs in zip(found, expected, strict=True):
         for key in theirs.keys() & {*LEARNED, "eval/sums/accuracy"}:
-            assert ours[key] == pytest.approx(theirs[key], rel=rel, abs=1e-6), (ours["step"], key)
+            assert ours[key] == pytest.approx(theirs[key], rel=rel, abs=abs), (ours["step"], key)
 
 
 def of_rollouts(run_dir: Path, key: str) -> list[float]:
@@ -34,7 +34,9 @@ def test_in_turns_a_run_with_servers_is_the_run_with_engines_of_its_own(
     own, remote = root / "own", root / "remote"
     train(root / "recipe.yaml", f"run_dir={own}", "parallel.tensor=1")
     train(root / "recipe.yaml", f"run_dir={remote}", *REMOTE, "rollout.num_servers=2")
-    assert_same(lasting(remote), lasting(own), rel=0)  # to the bit: the same answers
+    assert_same(lasting(remote), lasting(own), rel=0, abs=0)  # to the bit: the same answers
+    first, second = (run / "hf" / "model.safetensors" for run in (own, remote))
+    assert first.read_bytes() == second.read_bytes()
     assert set(of_rollouts(remote, "steps_off_policy_max")) == {0}
     assert max(of_rollouts(remote, "logp_delta_max")) <= 1e-4
     assert max(of_rollouts(remote, "probe_delta_max")) <= 1e-4

@@ -9,7 +9,7 @@ from megatron_nft.rollout.client import Answer, Params, ServerError
 from megatron_nft.rollout.fleet import Fleet, Member
 
 LOOK_EVERY_S = 0.5  # for servers that came back
-MAX_TIMES_ASKED = 5  # a question whose servers are lost again and again may be what ends them
+MAX_TIMES_LOST = 5  # a question whose servers are lost again and again may be what ends them
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ def number_of(version: str) -> int:
 class Asking:
     """Questions by their numbers, in the order in which they are to be asked.
 
-    Whose server is lost is asked again of another one, before the others. The same seed goes with
-    it: the same weights give the same answers.
+    Whose server is lost is asked again before the others, if possible of a server that has not
+    lost it yet. The same seed goes with it: the same weights give the same answers.
 
     Args:
         enough: how many of the questions are to be answered; the others are cut off then.
@@ -48,8 +48,8 @@ class Asking:
         self._fleet, self._questions, self._counts = fleet, questions, counts
         self._enough, self._num_at_once = enough, num_at_once
         self._waiting = deque(questions)
-        self._running: dict[asyncio.Task[list[Answer]], int] = {}
-        self._times_asked = Counter[int]()
+        self._running: dict[asyncio.Task[list[Answer]], tuple[int, Member]] = {}
+        self._lost_by: dict[int, list[Member]] = {number: [] for number in questions}
         self._answered: dict[int, list[Answer]] = {}
 
     async def run(self) -> dict[int, list[Answer]]:
@@ -66,13 +66,13 @@ class Asking:
         return self._answered
 
     def _hand_out(self) -> None:
-        while self._waiting and (member := self._freest()):
+        while self._waiting and (member := self._freest(self._waiting[0])):
             number = self._waiting.popleft()
-            self._times_asked[number] += 1
-            self._running[member.begin_question(self._ask(member, number))] = number
+            self._running[member.begin_question(self._ask(member, number))] = number, member
 
-    def _freest(self) -> Member | None:
-        free = [m for m in self._fleet.live if m.num_questions < self._num_at_once]
+    def _freest(self, number: int) -> Member | None:
+        others = [m for m in self._fleet.live if m not in self._lost_by[number]]
+        free = [m for m in others or self._fleet.live if m.num_questions < self._num_at_once]
         return min(free, key=lambda m: m.num_questions, default=None)
 
     async def _ask(self, member: Member, number: int) -> list[Answer]:
@@ -99,18 +99,20 @@ class Asking:
             self._running, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED
         )
         for task in done:
-            number = self._running.pop(task)
+            number, member = self._running.pop(task)
             if task.cancelled() or isinstance(task.exception(), ServerError):
+                self._lost_by[number].append(member)
                 self._ask_again(number, task)
             else:
                 self._answered[number] = task.result()
 
     def _ask_again(self, number: int, task: asyncio.Task[list[Answer]]) -> None:
-        if self._times_asked[number] == MAX_TIMES_ASKED:
+        lost_by = self._lost_by[number]
+        if len(lost_by) >= MAX_TIMES_LOST and {*lost_by} == {*self._fleet.members}:
             troubles = "\n".join(f"{m}: {m.trouble}" for m in self._fleet.members)
             last = "its server was lost" if task.cancelled() else str(task.exception())
             raise RuntimeError(
-                f"a question was asked {MAX_TIMES_ASKED} times in vain, last: {last}\n{troubles}"
+                f"a question was asked {len(lost_by)} times in vain, last: {last}\n{troubles}"
             )
         self._counts["questions_asked_again"] += 1
         self._waiting.appendleft(number)

@@ -142,7 +142,7 @@ class Client:
             timeout_s: for each wait on the way, and, with SLACK_S, for the whole.
         """
         method = "try_to_receive" if is_trial else "receive_sent"
-        sender = Sender(cargo, await self._address(), timeout_s)
+        sender = await self._sender(cargo, timeout_s)
         sending = asyncio.wrap_future(sender.sent)
         asked = self._received(method, timeout_s + SLACK_S, within_s=timeout_s, **sender.address)
         receiving = asyncio.create_task(asked)
@@ -151,8 +151,8 @@ class Client:
             # one that cannot send is told why by its workers, sometimes
             await asyncio.wait([receiving], timeout=SLACK_S if _has_failed(sending) else None)
             troubles = [str(f.exception()) for f in (sending, receiving) if _has_failed(f)]
-            if receiving.done() and not _has_failed(receiving):
-                return receiving.result()
+            if receiving.done() and not isinstance(receiving.exception(), ServerError):
+                return receiving.result()  # or it was refused, as it would be by every server
             raise ServerError(f"{self.url}: {'; '.join(troubles)}")
         finally:
             sender.give_up()
@@ -166,10 +166,11 @@ class Client:
                 raise ServerError(f"worker {worker} did not take the weights: {each['failure']}")
         return [each["digests"] for each in received]
 
-    async def _address(self) -> str:
+    async def _sender(self, cargo: Cargo, timeout_s: float) -> Sender:
         try:
-            return await asyncio.to_thread(address_towards, self.url)
-        except OSError as error:
+            address = await asyncio.to_thread(address_towards, self.url)
+            return Sender(cargo, address, timeout_s)
+        except (OSError, RuntimeError) as error:
             raise Unreachable(f"no way for weights to {self.url}: {error}") from error
 
     async def pause(self, timeout_s: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from checkpoints_conversion.hf_files import read_json
+from checkpoints_conversion.hf_files import read_json, some
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout.groups import Problem, Response
 
@@ -20,6 +20,8 @@ from megatron_nft.rollout.groups import Problem, Response
 # wrong place shows as more. One that was left as it was before a small update does not, until the
 # updates have added up: that is for the digests to see.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.15, "fp8": 0.5}
+
+SHOWN = 3  # tensors in a message
 
 Answers = list[tuple[int, tuple[Response, ...]]]  # index of a problem, its K responses
 Digests = dict[str, str]  # by the tensors' Hugging Face names
@@ -120,6 +122,21 @@ def probe_limit(rollout: RolloutConfig, dtype: str, *, is_fp8: bool = False) -> 
     """
     kind = "fp8" if is_fp8 or rollout.quantization == "fp8" else dtype
     return rollout.probe_tolerance or TOLERANCES[kind]
+
+
+def differences(expected: Digests, found: Digests) -> str:
+    """The first tensors that are other ones, lacking or too many, and how many; empty for none."""
+    wrong = [
+        f"{name} ({expected[name]} was sent, {digest} arrived)"
+        for name, digest in found.items()
+        if expected.get(name, digest) != digest
+    ]
+    kinds = {
+        "other values": wrong,
+        "missing": [name for name in expected if name not in found],
+        "never sent": [name for name in found if name not in expected],
+    }
+    return "; ".join(f"{what}: {some(names, SHOWN)}" for what, names in kinds.items() if names)
 
 
 def seed_of(seed: int, number: int) -> int:

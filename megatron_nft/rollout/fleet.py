@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.rollout.client import Client, Generated, Params, ServerError, Unreachable
-from megatron_nft.rollout.engine import Digests
+from megatron_nft.rollout.engine import Digests, differences
 from megatron_nft.rollout.servers import ServerProcess
 from megatron_nft.rollout.transfer import Cargo
 
@@ -190,6 +190,7 @@ class Fleet:
     """The servers, and the weights that all of them are to hold.
 
     Args:
+        weights: what every server starts with, whenever it starts: they stay where they are.
         tolerance: mean |Δlogp| of the probe between a server that is back and what it gave, or
             another one, by the same weights.
         counts: `engine_restarts`, how often a lost server came back, is kept up in it.
@@ -204,6 +205,7 @@ class Fleet:
         counts: Counter[str],
     ) -> None:
         self.members, self.weights, self._counts = members, weights, counts
+        self._first = weights.path
         self._tolerance = tolerance
         # of the newest weights: texts, and what a server gave to them
         self._probed: tuple[Sequence[np.ndarray], list[np.ndarray]] | None = None
@@ -219,7 +221,7 @@ class Fleet:
     async def start(self) -> None:
         """Start them all, and watch them. Raises ServerError where one does not get ready."""
         for member in self.members:
-            member.start(self.weights.path)
+            member.start(self._first)
         await asyncio.gather(*(m.until_ready(self._start_timeout_s) for m in self.members))
         for member in self.members:
             member.version = self.weights.version
@@ -309,7 +311,7 @@ class Fleet:
         logger.warning("%s is back with the weights of version %d", member, member.version)
 
     async def _restart(self, member: Member) -> None:
-        member.start(self.weights.path)
+        member.start(self._first)
         await member.until_ready(self._start_timeout_s)
         weights = probed = None
         while weights is not self.weights or probed is not self._probed:  # newer ones may come
@@ -322,10 +324,16 @@ class Fleet:
         member.join()
 
     async def _give_again(self, member: Member, weights: Weights) -> None:
-        if weights.digests:
-            await member.take(weights, self._start_timeout_s, is_running=False)
-        if any(digests != weights.digests for digests in member.received):
-            raise ServerError(f"it did not receive weights version {weights.version} as it was")
+        try:
+            if weights.digests:
+                await member.take(weights, self._start_timeout_s, is_running=False)
+        except ServerError:
+            if weights is self.weights:
+                raise
+            return  # they may be gone already; there are newer ones
+        for digests in member.received:
+            if trouble := differences(weights.digests, digests):
+                raise ServerError(f"it does not hold weights version {weights.version}: {trouble}")
 
     async def _compare(
         self, member: Member, texts: Sequence[np.ndarray], expected: Sequence[np.ndarray]

@@ -19,10 +19,10 @@ from checkpoints_conversion.stream import stream
 from megatron_nft.config import Config
 from megatron_nft.policy.packing import Sequence
 from megatron_nft.policy.step import Policy
-from megatron_nft.rollout.engine import Digests, Engine, probe_limit
+from megatron_nft.rollout.engine import SHOWN, Digests, Engine, differences, probe_limit
 from megatron_nft.rollout.receiver import digested
 
-NUM_TEXTS, TEXT_TOKENS, SHOWN = 4, 32, 3
+NUM_TEXTS, TEXT_TOKENS = 4, 32
 
 
 def hand_over(
@@ -87,21 +87,6 @@ class Sent:
             self.shapes[name] = tuple(tensor.shape)
             self.num_bytes += tensor.nbytes
             yield name, tensor
-
-
-def differences(expected: Digests, found: Digests) -> str:
-    """The first tensors that are other ones, lacking or too many, and how many; empty for none."""
-    wrong = [
-        f"{name} ({expected[name]} was sent, {digest} arrived)"
-        for name, digest in found.items()
-        if expected.get(name, digest) != digest
-    ]
-    kinds = {
-        "other values": wrong,
-        "missing": [name for name in expected if name not in found],
-        "never sent": [name for name in found if name not in expected],
-    }
-    return "; ".join(f"{what}: {some(names, SHOWN)}" for what, names in kinds.items() if names)
 
 
 def raise_together(complaints: Seq[str]) -> None:

@@ -69,22 +69,28 @@ class Receiver:
             for _ in digested(self._sent(host, port, backend, within_s), digests):
                 pass
         except TROUBLES as error:
-            return _failed(digests, error)
+            return Received(digests=digests, failure=_told(error))
         return Received(digests=digests, failure="")
 
     def _receive(self, weights: Iterable[tuple[str, Tensor]]) -> Received:
         digests: dict[str, str] = {}
         model = self.model_runner.get_model()
         host.pack_experts_anew(model)
-        try:
-            self.reload_weights(weights_iterator=digested(weights, digests))
-        except TROUBLES as error:
+        failure = self._reload(digested(weights, digests))
+        if failure:
             # vLLM keeps what came of a layer until the rest comes, and would go on from there at
             # the next reload, with that one's tensors in the places of others: let it finish.
-            self.reload_weights(weights_iterator=iter(()))
-            return _failed(digests, error)
+            failure = "; ".join(filter(None, [failure, self._reload(iter(()))]))
         host.repack_tied_head(model)
-        return Received(digests=digests, failure="")
+        return Received(digests=digests, failure=failure)
+
+    def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> str:
+        """What went wrong; empty: nothing."""
+        try:
+            self.reload_weights(weights_iterator=weights)
+        except TROUBLES as error:
+            return _told(error)
+        return ""
 
     def _sent(self, *sender: Any) -> Iterator[tuple[str, Tensor]]:
         return received(*sender, rank=self.rank + 1, num_workers=self.parallel_config.world_size)
@@ -115,9 +121,9 @@ def digested(
         yield name, tensor
 
 
-def _failed(digests: dict[str, str], error: Exception) -> Received:
+def _told(error: Exception) -> str:
     logger.error("weights were not taken", exc_info=error)
-    return Received(digests=digests, failure=f"{type(error).__name__}: {error}")
+    return f"{type(error).__name__}: {error}"
 
 
 def _rows(shapes: list[tuple[int, ...] | None], whole: tuple[int, ...]) -> list[int]:

@@ -183,10 +183,10 @@ class RemoteEngine:
 
     def _member(self, number: int, gpus: Sequence[str]) -> Member:
         log = self._run_dir / "logs" / f"engine_{number}.log"
-        num_processes = self._rollout.num_servers
-        if self._rollout.max_steps_off_policy:  # else the trainers rest while servers sample
-            num_processes += host.num_local_processes()
-        process = ServerProcess(log, servers.environment(self._rollout, gpus, num_processes))
+        # in turns, the trainers rest while servers sample
+        num_trainers = host.num_local_processes() if self._rollout.max_steps_off_policy else 0
+        shares = self._rollout.num_servers, num_trainers
+        process = ServerProcess(log, servers.environment(self._rollout, gpus, *shares))
         self._processes.append(process)
         client = Client(socket=process.socket)
         where = ("--uds", process.socket)

@@ -53,13 +53,14 @@ def command(
 
 
 def environment(
-    rollout: RolloutConfig, gpus: Sequence[str] = (), num_processes: int = 1
+    rollout: RolloutConfig, gpus: Sequence[str] = (), num_servers: int = 1, num_trainers: int = 0
 ) -> dict[str, str]:
     """A server's variables: the caller's without torchrun's, and what makes it take weights.
 
     Args:
         gpus: those it sees; empty: all.
-        num_processes: that share a CPU host's cores, this one included.
+        num_servers: that share a CPU host's cores, this one included.
+        num_trainers: training processes that share them too.
     """
     kept = {
         name: value
@@ -69,6 +70,7 @@ def environment(
     path = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), kept.get("PYTHONPATH")]))
     ours = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_LOGGING_LEVEL": "INFO", "PYTHONPATH": path}
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if gpus else {}
+    num_processes = num_servers * rollout.tensor + num_trainers
     needed = host.server_environment(rollout.cpu_kv_cache_gib, num_processes)
     return kept | dict(needed) | ours | visible
 
