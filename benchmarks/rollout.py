@@ -7,10 +7,10 @@ generate  tokens/s of `ColocatedEngine.generate` and of `vllm.LLM.generate`, the
 weights   a hand-over to the colocated engine, its proofs included, and a memory copy of the bytes
 collect   dynamic sampling by the measured share of mixed groups and by the official code's fixed
           three times as many: batches of 48 groups of the demo's task, surplus thrown away
-overlap   seconds a rollout of `megatron-nft train` with one training process and one server, each
-          on half of the cores, as they would have GPUs of their own: sampling and training in turns
-          (max_steps_off_policy 0) or at the same time (1); and with two training processes and
-          their engines on all cores, for comparison
+overlap   seconds a rollout of `megatron-nft train` with one training process and one server:
+          sampling and training in turns (max_steps_off_policy 0) or at the same time (1), each on
+          half of the cores, as they would have GPUs of their own, or both on all cores; and with
+          two training processes and their engines on all cores, for comparison
 
 The cold-started model is the demo's; --demo names a directory where `megatron-nft demo` was run.
 Medians of --repeats turns. One thread a process.
@@ -48,10 +48,16 @@ SIZES = {  # of random models whose weights are handed over
     "160M parameters": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10},
 }
 REMOTE = {"rollout.engine": "remote", "parallel.tensor": 1}
-OVERLAP = {  # name: overrides of the demo's recipe
-    "in turns": REMOTE,
-    "at the same time": REMOTE | {"rollout.max_steps_off_policy": 1},
-    "two processes with their engines": {"parallel.tensor": 1, "parallel.num_processes": 2},
+AHEAD = REMOTE | {"rollout.max_steps_off_policy": 1}
+OVERLAP = {  # name: overrides of the demo's recipe, and whether cores are halved
+    "in turns, half of the cores each": (REMOTE, True),
+    "at the same time, half of the cores each": (AHEAD, True),
+    "in turns, all cores": (REMOTE, False),
+    "at the same time, all cores": (AHEAD, False),
+    "two processes with their engines": (
+        {"parallel.tensor": 1, "parallel.num_processes": 2},
+        False,
+    ),
 }
 
 
@@ -301,8 +307,9 @@ def overlap(options: argparse.Namespace, folder: Path) -> None:
         sys.exit("overlap needs two cores")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in OVERLAP}
     for turn, name in enumerate([*OVERLAP] * options.repeats):
-        given, out = overrides_of(options, OVERLAP[name]), folder / f"run{turn}"
-        if "rollout.engine" in OVERLAP[name]:
+        own, is_halved = OVERLAP[name]
+        given, out = overrides_of(options, own), folder / f"run{turn}"
+        if is_halved:
             log = folder / f"server{turn}.log"
             with _server(given, cores[middle:], log) as address, _on(cores[:middle]):
                 found[name].append(_step_seconds([*given, f"rollout.servers=[{address}]"], out))
@@ -312,7 +319,7 @@ def overlap(options: argparse.Namespace, folder: Path) -> None:
         name: {key: median(turn[key] for turn in turns) for key in turns[0]}
         for name, turns in found.items()
     }
-    base = medians["in turns"]["step"]
+    base = medians[next(iter(OVERLAP))]["step"]
     rows = [
         [
             name,
@@ -323,7 +330,7 @@ def overlap(options: argparse.Namespace, folder: Path) -> None:
         ]
         for name, s in medians.items()
     ]
-    columns = "sampling and training", "s a rollout", "waiting for answers", "rest", "× in turns"
+    columns = "sampling and training", "s a rollout", "waiting for answers", "rest", "× first row"
     table("Overlap", columns, rows)
 
 

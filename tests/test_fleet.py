@@ -18,6 +18,7 @@ from megatron_nft.rollout.client import (
     Probability,
     ServerError,
     Span,
+    Unreachable,
 )
 from megatron_nft.rollout.engine import Digests
 from megatron_nft.rollout.fleet import Fleet, Member, Weights
@@ -229,3 +230,29 @@ def test_a_server_that_loses_everything_costs_no_question_while_another_lives() 
 def test_questions_that_every_server_loses_again_and_again_are_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"asked \d+ times in vain, last: hung up"):
         _ask(False, False)
+
+
+@pytest.mark.parametrize(("num_failures", "is_answered"), [(3, True), (4, False)])
+def test_a_server_that_cannot_be_reached_for_a_moment_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, num_failures: int, is_answered: bool
+) -> None:
+    monkeypatch.setattr("megatron_nft.rollout.fleet.RETRY_AFTER_S", (0, 0, 0))
+    failures = [Unreachable("hung up")] * num_failures
+
+    class Hiding(Flaky):
+        async def generate(self, *args: object) -> Generated:
+            if failures:
+                raise failures.pop()
+            return await super().generate(*args)
+
+    async def run() -> Member:
+        member = Member("server 0", Hiding(is_good=True))
+        member.join()
+        try:
+            await member.ask([1], {})
+        except Unreachable:
+            assert not is_answered
+        await member.client.close()
+        return member
+
+    assert asyncio.run(run()).is_live == is_answered
