@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,6 +111,25 @@ def test_no_weights_are_kept_by_a_failure() -> None:
         sender.sent.result(timeout=10)
     assert sender._cargo is None
     assert sender._store is None
+
+
+def test_workers_hear_of_a_sender_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, whoever keeps the error."""
+    kept = RuntimeError("out of memory")
+
+    def broadcast(group: object, whole: Tensor, timeout: object) -> None:
+        if threading.current_thread().name == "weights":
+            raise kept
+        real(group, whole, timeout)
+
+    real = transfer._broadcast
+    monkeypatch.setattr(transfer, "_broadcast", broadcast)
+    sender, started = _sender(), time.monotonic()
+    with pytest.raises(RuntimeError):
+        _receive(sender)
+    with pytest.raises(SendError, match="out of memory"):
+        sender.sent.result(timeout=10)
+    assert time.monotonic() - started < 20
 
 
 def _die_after_one(address: dict[str, object]) -> None:

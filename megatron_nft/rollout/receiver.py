@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints_conversion.digest import digest
 from checkpoints_conversion.hf_files import HFWeights, read_hf_config
 from megatron_nft.policy import host
-from megatron_nft.rollout.transfer import received
+from megatron_nft.rollout.transfer import let_go, received
 
 logger = logging.getLogger("megatron_nft")
 
@@ -123,6 +123,7 @@ def digested(
 
 def _told(error: Exception) -> str:
     logger.error("weights were not taken", exc_info=error)
+    let_go(error)
     return f"{type(error).__name__}: {error}"
 
 

@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
@@ -82,6 +83,7 @@ class Sender:
             failure = None
         except RuntimeError as error:
             failure = SendError(f"weights did not get through: {error}")
+            let_go(error)
         finally:  # whoever waits hears of it in any case, and keeps no weights by keeping the error
             self._cargo = None
             if failure:
@@ -145,6 +147,11 @@ def received(
             for (name, shape, _), tensor in zip(layout, whole.split(sizes), strict=True):
                 yield name, tensor.view(shape)
             number += 1
+
+
+def let_go(error: BaseException) -> None:
+    """Free what an error's frames hold, a group among it: the others wait until it is gone."""
+    traceback.clear_frames(error.__traceback__)
 
 
 def address_towards(url: str) -> str:
