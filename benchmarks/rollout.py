@@ -13,7 +13,8 @@ overlap   seconds a rollout of `megatron-nft train` with one training process an
           two training processes and their engines on all cores, for comparison
 
 The cold-started model is the demo's; --demo names a directory where `megatron-nft demo` was run.
-Medians of --repeats turns. One thread a process.
+Medians of --repeats turns. One thread a process, but for overlap on all cores, where a process has
+as many as the run gives it.
 """
 
 import argparse

@@ -201,13 +201,14 @@ class Flaky(Scripted):
         return Generated([answer])
 
 
-def _ask(*are_good: bool) -> tuple[dict[int, list[Answer]], Counter[str]]:
-    """Twenty questions, of servers that are back at once."""
+def _ask(*are_good: bool, num_gone: int = 0) -> tuple[dict[int, list[Answer]], Counter[str]]:
+    """Twenty questions, of servers that are back at once, and of some that never live."""
 
     async def run() -> tuple[dict[int, list[Answer]], Counter[str]]:
         members = [Member(f"server {i}", Flaky(is_good=good)) for i, good in enumerate(are_good)]
         counts = Counter()
-        fleet = Fleet(members, _weights(1), RolloutConfig(), 1e-3, counts)
+        gone = [Member("gone", Flaky(is_good=True)) for _ in range(num_gone)]
+        fleet = Fleet(members + gone, _weights(1), RolloutConfig(), 1e-3, counts)
         for member in members:
             member.version = 1
             member.join()
@@ -227,9 +228,10 @@ def test_a_server_that_loses_everything_costs_no_question_while_another_lives() 
     assert 0 < counts["questions_asked_again"] <= 2 * 20  # not asked twice of one that lost it
 
 
-def test_questions_that_every_server_loses_again_and_again_are_an_error() -> None:
+@pytest.mark.parametrize("num_gone", [0, 1])
+def test_questions_that_every_server_loses_again_and_again_are_an_error(num_gone: int) -> None:
     with pytest.raises(RuntimeError, match=r"asked \d+ times in vain, last: hung up"):
-        _ask(False, False)
+        _ask(False, False, num_gone=num_gone)
 
 
 @pytest.mark.parametrize(("num_failures", "is_answered"), [(3, True), (4, False)])

@@ -66,14 +66,24 @@ class Asking:
         return self._answered
 
     def _hand_out(self) -> None:
-        while self._waiting and (member := self._freest(self._waiting[0])):
-            number = self._waiting.popleft()
-            self._running[member.begin_question(self._ask(member, number))] = number, member
+        while pair := self._next():
+            number, member = pair
+            self._waiting.remove(number)
+            self._running[member.begin_question(self._ask(member, number))] = pair
 
-    def _freest(self, number: int) -> Member | None:
-        others = [m for m in self._fleet.live if m not in self._lost_by[number]]
-        free = [m for m in others or self._fleet.live if m.num_questions < self._num_at_once]
-        return min(free, key=lambda m: m.num_questions, default=None)
+    def _next(self) -> tuple[int, Member] | None:
+        """The first question that waits and that a free server may have, and that server."""
+        free = [m for m in self._fleet.live if m.num_questions < self._num_at_once]
+        for number in self._waiting if free else ():
+            others = self._others(number)
+            allowed = [m for m in free if not others or m in others]
+            if allowed:
+                return number, min(allowed, key=lambda m: m.num_questions)
+        return None
+
+    def _others(self, number: int) -> list[Member]:
+        """Servers that live and have not lost a question."""
+        return [m for m in self._fleet.live if m not in self._lost_by[number]]
 
     async def _ask(self, member: Member, number: int) -> list[Answer]:
         question, oldest = self._questions[number], member.version
@@ -108,7 +118,7 @@ class Asking:
 
     def _ask_again(self, number: int, task: asyncio.Task[list[Answer]]) -> None:
         lost_by = self._lost_by[number]
-        if len(lost_by) >= MAX_TIMES_LOST and {*lost_by} == {*self._fleet.members}:
+        if len(lost_by) >= MAX_TIMES_LOST and not self._others(number):
             troubles = "\n".join(f"{m}: {m.trouble}" for m in self._fleet.members)
             last = "its server was lost" if task.cancelled() else str(task.exception())
             raise RuntimeError(

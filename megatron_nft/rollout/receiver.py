@@ -20,7 +20,7 @@ logger = logging.getLogger("megatron_nft")
 
 # of files, the network, torch and vLLM's loaders
 TROUBLES = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError)
-TROUBLES += (AssertionError, ArithmeticError)
+TROUBLES += (AssertionError, ArithmeticError, MemoryError, EOFError, ImportError)
 RECEIVER = "megatron_nft.rollout.receiver.Receiver"
 
 
@@ -76,7 +76,10 @@ class Receiver:
         digests: dict[str, str] = {}
         model = self.model_runner.get_model()
         host.pack_experts_anew(model)
-        failure = self._reload(digested(weights, digests))
+        arriving = digested(weights, digests)
+        del weights
+        failure = self._reload(arriving)
+        del arriving  # with what they come from: whoever sends waits for that
         if failure:
             # vLLM keeps what came of a layer until the rest comes, and would go on from there at
             # the next reload, with that one's tensors in the places of others: let it finish.
