@@ -258,3 +258,29 @@ def test_a_server_that_cannot_be_reached_for_a_moment_is_asked_again(
         return member
 
     assert asyncio.run(run()).is_live == is_answered
+
+
+@pytest.mark.parametrize("num_answers", [0, 3])
+def test_a_server_that_says_nothing_any_more_is_lost(
+    monkeypatch: pytest.MonkeyPatch, num_answers: int
+) -> None:
+    """Which is when it does not even tell how many tokens it has sampled."""
+    monkeypatch.setattr("megatron_nft.rollout.fleet.LOOK_EVERY_S", 0.01)
+    answers = [*range(num_answers)]
+
+    class Silent(Scripted):
+        async def num_generated(self, timeout_s: float) -> float:
+            if answers:
+                return answers.pop(0)
+            raise Unreachable("/metrics did not answer within 0.3 s")
+
+    async def run() -> Member:
+        member = Member("server 0", Silent())
+        member.join()
+        await asyncio.wait_for(member.until_lost(0.3), 10)
+        await member.client.close()
+        return member
+
+    member = asyncio.run(run())
+    assert not member.is_live
+    assert member.trouble.startswith("/metrics did not answer")

@@ -6,7 +6,6 @@ Two servers are shared by the tests, which run in their order; each leaves them 
 import asyncio
 import multiprocessing
 import os
-import re
 import signal
 import socket
 import threading
@@ -300,7 +299,7 @@ def test_a_server_that_hangs_costs_no_question(engine: RemoteEngine, models: lis
     restarts = engine.counts["engine_restarts"]
     children = _server(engine, 1).children(recursive=True)  # the engine; the server still speaks
     samples = _lose_during_a_batch(engine, children, signal.SIGSTOP)
-    assert re.search("questions and no token for", engine._fleet.members[1].trouble)
+    assert "questions and no token for" in engine._fleet.members[1].trouble
     _until_all_live(engine)
     assert engine.counts["engine_restarts"] == restarts + 1
     _check_probe(engine, models[2])
@@ -429,7 +428,7 @@ def test_a_server_of_another_process_that_dies(
     assert len(processes) >= 5  # guard, server, engine, two workers
     found = _tokens(_generate(engine))
     num_same = sum(found[key] == tokens for key, tokens in samples.items())
-    assert num_same >= 0.9 * len(samples)  # halves of a sum are rounded otherwise than the whole
+    assert num_same >= len(samples) - 2  # halves of a sum are rounded otherwise than the whole
     _load(engine, models[1], version=1)
     with pytest.raises(ValueError, match=r"(?s)has 2 workers, and the run sends weights to 1"):
         _start(models[0], tmp_path, replace(options, weight_transfer="gloo", tensor=1))

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -106,10 +107,16 @@ def test_a_sender_that_is_silent_is_not_waited_for() -> None:
 
 
 def test_no_weights_are_kept_by_a_failure() -> None:
-    sender = _sender(timeout_s=0.2)
+    tensor = torch.zeros(3)
+    kept = weakref.ref(tensor)
+    sender = Sender(Cargo({"w": tensor}, "gloo", CPU, 1), "127.0.0.1", 0.2)
+    del tensor
     with pytest.raises(SendError):
         sender.sent.result(timeout=10)
-    assert sender._cargo is None
+    deadline = time.monotonic() + 10
+    while kept() is not None:  # until the thread has ended
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert sender._store is None
 
 

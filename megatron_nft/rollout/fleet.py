@@ -248,11 +248,14 @@ class Fleet:
         """
         self.weights, self._probed = weights, None
         await asyncio.gather(*(self._give(m) for m in self.live))
-        while not any(m.version == weights.version for m in self.live):
+        while not any(map(self._holds_newest, self.live)):
             self.check()
             await asyncio.sleep(LOOK_EVERY_S)
         self.check()
-        return {name: d for m in self.live if m.version == weights.version for name, d in _named(m)}
+        return {name: d for m in self.live if self._holds_newest(m) for name, d in _named(m)}
+
+    def _holds_newest(self, member: Member) -> bool:
+        return member.version == self.weights.version
 
     async def _give(self, member: Member) -> None:
         # A batch that is under way may ask at any time: nothing is to be sampled meanwhile.
@@ -274,10 +277,9 @@ class Fleet:
 
     async def _probe_live(self, texts: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
         found = {}
-        while members := [
-            m for m in self.live if m.version == self.weights.version and m.name not in found
-        ]:  # one may come back meanwhile
-            member = members[0]
+        # looked up anew each time: one may come back meanwhile
+        while waiting := [m for m in self.live if self._holds_newest(m) and m.name not in found]:
+            member = waiting[0]
             task = member.begin(self._probe(member, texts))
             await asyncio.wait([task])
             if not task.cancelled() and not isinstance(task.exception(), ServerError):

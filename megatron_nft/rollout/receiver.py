@@ -5,7 +5,9 @@ vLLM mixes the class into its worker (`worker_extension_cls`) and calls its meth
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -18,9 +20,6 @@ from megatron_nft.rollout.transfer import let_go, received
 
 logger = logging.getLogger("megatron_nft")
 
-# of files, the network, torch and vLLM's loaders
-TROUBLES = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError)
-TROUBLES += (AssertionError, ArithmeticError, MemoryError, EOFError, ImportError)
 RECEIVER = "megatron_nft.rollout.receiver.Receiver"
 
 
@@ -65,21 +64,15 @@ class Receiver:
     def try_to_receive(self, host: str, port: int, backend: str, within_s: float) -> Received:
         """See what is sent, which is not taken as weights."""
         digests: dict[str, str] = {}
-        try:
-            for _ in digested(self._sent(host, port, backend, within_s), digests):
-                pass
-        except TROUBLES as error:
-            return Received(digests=digests, failure=_told(error))
-        return Received(digests=digests, failure="")
+        arriving = digested(self._sent(host, port, backend, within_s), digests)
+        return Received(digests=digests, failure=_trouble_of(partial(deque, arriving, maxlen=0)))
 
     def _receive(self, weights: Iterable[tuple[str, Tensor]]) -> Received:
         digests: dict[str, str] = {}
         model = self.model_runner.get_model()
         host.pack_experts_anew(model)
-        arriving = digested(weights, digests)
-        del weights
-        failure = self._reload(arriving)
-        del arriving  # with what they come from: whoever sends waits for that
+        failure = self._reload(digested(weights, digests))
+        del weights  # whoever sends them waits until they are gone
         if failure:
             # vLLM keeps what came of a layer until the rest comes, and would go on from there at
             # the next reload, with that one's tensors in the places of others: let it finish.
@@ -88,12 +81,7 @@ class Receiver:
         return Received(digests=digests, failure=failure)
 
     def _reload(self, weights: Iterator[tuple[str, Tensor]]) -> str:
-        """What went wrong; empty: nothing."""
-        try:
-            self.reload_weights(weights_iterator=weights)
-        except TROUBLES as error:
-            return _told(error)
-        return ""
+        return _trouble_of(partial(self.reload_weights, weights_iterator=weights))
 
     def _sent(self, *sender: Any) -> Iterator[tuple[str, Tensor]]:
         return received(*sender, rank=self.rank + 1, num_workers=self.parallel_config.world_size)
@@ -124,10 +112,15 @@ def digested(
         yield name, tensor
 
 
-def _told(error: Exception) -> str:
-    logger.error("weights were not taken", exc_info=error)
-    let_go(error)
-    return f"{type(error).__name__}: {error}"
+def _trouble_of(work: Callable[[], object]) -> str:
+    """What goes wrong while it is done; empty: nothing. Why it is not raised, see Receiver."""
+    try:
+        work()
+    except Exception as error:
+        logger.error("weights were not taken", exc_info=error)
+        let_go(error)
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _rows(shapes: list[tuple[int, ...] | None], whole: tuple[int, ...]) -> list[int]:

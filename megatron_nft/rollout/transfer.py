@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import groupby
@@ -62,7 +62,6 @@ class Sender:
 
     def __init__(self, cargo: Cargo, host: str, timeout_s: float) -> None:
         self.sent: Future[None] = Future()  # a SendError, or None once all is sent
-        self._cargo: Cargo | None = cargo
         self._timeout = timedelta(seconds=timeout_s)
         self._is_given_up = threading.Event()
         self._store: dist.Store | None = dist.TCPStore(
@@ -70,27 +69,26 @@ class Sender:
         )
         self.address = {"host": host, "port": self._store.port, "backend": cargo.backend}
         self.sent.set_running_or_notify_cancel()
-        threading.Thread(target=self._run, name="weights", daemon=True).start()
+        threading.Thread(target=self._run, args=(cargo,), name="weights", daemon=True).start()
 
     def give_up(self) -> None:
         """Stop before the next bucket."""
         self._is_given_up.set()
 
-    def _run(self) -> None:
-        failure: SendError | None = SendError("weights did not get through: the thread ended")
+    def _run(self, cargo: Cargo) -> None:
+        trouble = "the thread ended"
         try:
-            self._send(self._cargo, self._store)
-            failure = None
+            self._send(cargo, self._store)
+            trouble = ""
         except RuntimeError as error:
-            failure = SendError(f"weights did not get through: {error}")
+            trouble = str(error) or type(error).__name__
             let_go(error)
-        finally:  # whoever waits hears of it in any case, and keeps no weights by keeping the error
-            self._cargo = None
-            if failure:
-                self._store = None
-                self.sent.set_exception(failure)
+        finally:  # whoever waits hears of it in any case
+            if trouble:
+                self._store = None  # else kept: the workers may still have to read the last keys
+                self.sent.set_exception(SendError(f"weights did not get through: {trouble}"))
             else:
-                self.sent.set_result(None)  # the workers may still have to read the last keys
+                self.sent.set_result(None)
 
     def _send(self, cargo: Cargo, store: dist.Store) -> None:
         store.set(NUM_WORKERS, str(cargo.num_workers))
@@ -198,15 +196,11 @@ def _group(
             f"no {backend} group of trainer and workers: {error}; where a machine has several "
             f"networks, {backend.upper()}_SOCKET_IFNAME names the one to use, on either side"
         ) from error
-    if backend == "gloo":
+    with ExitStack() as on_failure:
+        on_failure.callback(group.abort)  # without waiting for a member that is lost
         yield group
-        return
-    try:
-        yield group
-    except BaseException:
-        group.abort()  # without the member that is lost
-        raise
-    group.shutdown()  # its communicator has memory of the GPU
+        on_failure.pop_all()
+    group.shutdown()  # NCCL's has memory of the GPU
 
 
 def _new_group(
