@@ -70,7 +70,7 @@ def weights_of(policy: Any) -> Tensors:
     from checkpoints_conversion.stream import stream
 
     streamed = stream(policy.chunks, policy.hf_config)
-    return {n: t.float().numpy().copy() for n, t in streamed}
+    return {n: t.float().cpu().numpy().copy() for n, t in streamed}
 
 
 def step(policy: Any, sequences: list[Sequence]) -> dict[str, Any]:

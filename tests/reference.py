@@ -60,6 +60,17 @@ def reference_logp(path: Path, temperature: float) -> list[np.ndarray]:
     return [_logp(model, s, temperature).numpy() for s in random_sequences(13)]
 
 
+@cache
+def bfloat16_noise(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of all tokens: those of the weights in bf16, exactly, and transformers' own
+    in bf16, from hidden states on in float32.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    rounded = [_logp(model, s) for s in random_sequences(13)]
+    exact = [_logp(model.double(), s) for s in random_sequences(13)]
+    return tuple(np.concatenate([p.detach().numpy() for p in logp]) for logp in (exact, rounded))
+
+
 def _as_in_files(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> Tensors:
     """Values of all parameters: transformers has a layer's experts in one, files hold each."""
     with TemporaryDirectory() as folder:
@@ -69,7 +80,9 @@ def _as_in_files(model: PreTrainedModel, values: dict[str, torch.Tensor]) -> Ten
 
 def _logp(model: torch.nn.Module, s: Sequence, temperature: float = 1.0) -> torch.Tensor:
     tokens = torch.from_numpy(np.concatenate([s.prompt, s.response]).astype(np.int64))
-    logits = model(tokens[None]).logits[0, len(s.prompt) - 1 : -1] / temperature
+    hidden = model.model(tokens[None]).last_hidden_state[0, len(s.prompt) - 1 : -1]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(dtype) @ model.lm_head.weight.to(dtype).T / temperature
     return logits.log_softmax(-1).gather(1, tokens[len(s.prompt) :, None])[:, 0]
 
 

@@ -279,3 +279,30 @@ def test_a_row_says_where_its_sequences_lie() -> None:
     assert row.cu_seqlens_q.dtype == torch.int32
     assert row.max_seqlen_q == row.max_seqlen_kv == 3
     assert row.positions.tolist() == [0, 1, 0, 1, 2, 0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are a GPU's")
+@pytest.mark.parametrize("name", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_gpu_it_equals_softmax_attention_of_each_sequence(
+    dtype: torch.dtype, name: str
+) -> None:
+    """bf16 rounds cosines and sines, what they turn, probabilities and outputs: half a unit each.
+
+    Scores of standard deviation one go into the exponent; queries and keys have two roundings.
+    """
+    lengths, device = LENGTHS[name], torch.device("cuda")
+    rng = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(sum(lengths), heads, HEAD_DIM, generator=rng) for heads in (4, 2, 2)]
+    ours = [x.to(device, dtype).requires_grad_() for x in inputs]
+    exact = [x.detach().double().cpu().requires_grad_() for x in ours]
+    grad = torch.randn(sum(lengths), 4 * HEAD_DIM, generator=rng).to(device, dtype)
+    out = _attention(4, 2).to(device)(*ours, packed_seq_params=pack_row(lengths, device))
+    expected = _oracle(*exact, lengths)
+    out.backward(grad)
+    expected.backward(grad.double().cpu())
+    tolerance = 2e-6 if dtype == torch.float32 else 6 * 2.0**-8
+    assert _error(out.cpu(), expected) <= tolerance
+    scale = max(float(x.grad.norm()) for x in exact)  # of one token's query: exactly zero
+    for a, b in zip(ours, exact, strict=True):
+        assert float((a.grad.double().cpu() - b.grad).norm()) <= tolerance * scale

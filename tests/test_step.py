@@ -23,7 +23,7 @@ from policies import (
     weights_of,
 )
 from processes import run
-from reference import LR, Tensors, distance, reference, reference_logp, worst
+from reference import LR, Tensors, bfloat16_noise, distance, reference, reference_logp, worst
 from toys import random_sequences, save_qwen2, weighted
 
 from megatron_nft.config import MemoryConfig, ObjectiveConfig, ParallelConfig
@@ -83,8 +83,20 @@ LAYOUTS = {  # by the number of processes
         "CP2·DP2, plain optimizer": {"context": 2} | PLAIN,
     },
 }
-NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
-SMALL = [name for num, layouts in LAYOUTS.items() if num < 4 for name in layouts]
+MAX_PROCESSES = torch.cuda.device_count() or 4  # on a CUDA host each has a GPU
+
+
+def _params(max_processes: int) -> list[Any]:
+    """Layouts of so many processes at most; those that this host has too few GPUs for, skipped."""
+    return [
+        pytest.param(name, marks=[pytest.mark.skip(f"needs {num} GPUs")] * (num > MAX_PROCESSES))
+        for num, layouts in LAYOUTS.items()
+        for name in layouts
+        if num <= max_processes
+    ]
+
+
+NAMES, SMALL = _params(4), _params(2)
 MICRO_BATCHES = (1, 2, 5)
 Models = dict[int, list[Path]]  # by their layers: one with a head of its own, one that is tied
 WIDE = 0  # and a tied one whose every parameter fills whole blocks of 128 elements
@@ -286,6 +298,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 def ours(models: Models) -> dict[str, dict[str, Any]]:
     found = {}
     for num_processes, layouts in LAYOUTS.items():
+        if num_processes > MAX_PROCESSES:
+            continue
         configs = [ParallelConfig(**options) for options in layouts.values()]
         results = run(everything, num_processes, models, configs)[0]
         found |= dict(zip(layouts, results, strict=True))
@@ -320,7 +334,12 @@ def test_one_step_equals_plain_torch(
 @pytest.mark.processes
 @pytest.mark.parametrize(
     ("layout", "variant"),
-    [(n, v) for n in NAMES for v in VARIANTS if n in SMALL or v in IN_EVERY_LAYOUT],
+    [
+        pytest.param(*layout.values, v, marks=layout.marks)
+        for layout in NAMES
+        for v in VARIANTS
+        if layout in SMALL or v in IN_EVERY_LAYOUT
+    ],
 )
 def test_gradient_depends_on_nothing_but_the_sequences(
     models: Models, ours: dict[str, Any], variant: str, layout: str
@@ -395,8 +414,11 @@ def test_bfloat16_parameters_have_float32_gradients(
     assert result["parameters"] == {str(torch.bfloat16)}
     assert result["gradients"] == {str(torch.float32)}
     exact = reference(models_of(layout, models)[0], NFT)
-    deltas = [a - b for a, b in zip(result["logp"], exact["logp"], strict=True)]
-    assert np.abs(np.concatenate(deltas)).max() <= 0.1
+    logp, rounded = bfloat16_noise(models_of(layout, models)[0])
+    ours, theirs = (
+        np.square(x - logp).mean() ** 0.5 for x in (np.concatenate(result["logp"]), rounded)
+    )
+    assert ours <= 1.25 * theirs, "it rounds more than transformers does"
     assert result["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.05)
     off = distance(result["weights"], exact["weights"])
     assert off <= 2**-8  # half a unit in the last place

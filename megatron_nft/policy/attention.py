@@ -67,7 +67,8 @@ class PackedAttention(torch.nn.Module):
         row = packed_seq_params
         if row.rope is None:
             row.rope = self._rope(row.positions, query.dtype)
-        query, key = _rotate(query, *row.rope), _rotate(key, *row.rope)
+        rotate = _rotate_in_one_pass if query.is_cuda else _rotate
+        query, key = rotate(query, *row.rope), rotate(key, *row.rope)
         if self.is_shared:
             key, value = _gather(key, value)
         if query.is_cuda and query.dtype != torch.float32:
@@ -134,6 +135,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [N, H, D], halves rotated (the GPT-NeoX layout that HF uses)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+# compiled at a GPU's first row: its eight passes over queries and keys become one
+_rotate_in_one_pass = torch.compile(_rotate, dynamic=True)
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:

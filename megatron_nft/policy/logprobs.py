@@ -1,9 +1,10 @@
 """Hidden states to log-probabilities of given tokens, through the vocabulary shards.
 
-Logits live chunk by chunk in one buffer, which in turn holds the exponentials and the gradient:
+Logits live chunk by chunk in one buffer, which may in turn hold the exponentials and the gradient:
 nothing of size [tokens, vocabulary] outlives its chunk. A loss that is separable per token has its
 gradient taken while the chunk is there, so that training costs three matmuls; any other loss makes
-the logits again in backward, a fourth. Reached through GPTModel's `output_processor` hook.
+the logits again in backward, a fourth. On a GPU, Triton kernels pass over the logits. Reached
+through GPTModel's `output_processor` hook.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,13 +16,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from megatron_nft.policy import host
+from megatron_nft.policy import host, softmax_kernels
 
-# Float32 logits alive at a time on a rank: 128 MiB, on CUDA 2 GiB; 220 and 3,500 tokens of 152k
+# Float32 logits alive at a time on a rank: 128 MiB, on CUDA 1 GiB; 220 and 1,760 tokens of 152k
 # rows. A chunk of C tokens reads and writes main_grad once, which is C / 4 operations per byte: far
-# above the 10 that a CPU does in the time of a byte, and several times the 250 of an H100. More
-# tokens than MAX_CHUNK_TOKENS, where there are few rows, would cost memory for nothing.
-CHUNK_CELLS = 2**29 if host.has_cuda() else 2**25
+# above the 10 that a CPU does in the time of a byte, and above the 180 to 250 of a Hopper GPU (on
+# an H200 half as many cells took 1.2 × the time, twice as many the same). More tokens than
+# MAX_CHUNK_TOKENS, where there are few rows, would cost memory for nothing.
+CHUNK_CELLS = 2**28 if host.has_cuda() else 2**25
 MAX_CHUNK_TOKENS = 4096
 
 Gradient = Callable[[Tensor, slice], Tensor]
@@ -122,7 +124,8 @@ def _forward(
         parts.append(_combine(head.gather(own)))
         if grads is not None:
             logp, top, total, *_ = parts[-1]
-            grads.add(rows, exps, (own[0] - top).exp_() / total, head.call.gradient(logp, rows))
+            scale = (own[0] - top).exp_() / total
+            grads.add(rows, exps, scale, head.call.gradient(logp, rows))
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
@@ -132,9 +135,23 @@ def _recomputed(ctx: FunctionCtx, grad_logp: Tensor) -> tuple[Tensor | None, Ten
     head = _Head(weight, ctx.call)
     grads = _Gradients(ctx, head, hidden, targets)
     for rows in head.chunks(len(hidden)):
-        exps = head.logits(hidden[rows]).sub_(top[rows, None]).exp_()
+        exps = _exponentials(head.logits(hidden[rows]), top[rows])
         grads.add(rows, exps, 1.0 / total[rows], grad_logp[rows])
     return grads.for_autograd()
+
+
+class _Exponentials(NamedTuple):
+    """exp(values − top); the values themselves where no top is given."""
+
+    values: Tensor  # [C, V]
+    top: Tensor | None  # [C]
+
+
+def _exponentials(logits: Tensor, top: Tensor) -> _Exponentials:
+    """exp(logits − top) in place, which a kernel puts off until it needs them."""
+    if _has_kernels(logits):
+        return _Exponentials(logits, top)
+    return _Exponentials(logits.sub_(top[:, None]).exp_(), None)
 
 
 class _Gradients:
@@ -149,7 +166,7 @@ class _Gradients:
         if wants_weight and self.main_grad is None:
             self.of_weight = hidden.new_zeros(head.num_rows, hidden.shape[1], dtype=torch.float32)
 
-    def add(self, rows: slice, exps: Tensor, scale: Tensor, grad_logp: Tensor) -> None:
+    def add(self, rows: slice, exps: _Exponentials, scale: Tensor, grad_logp: Tensor) -> None:
         """Of one chunk, whose softmax is exps · scale; overwrites exps."""
         self.of_logp.append(grad_logp)
         grad = self.head.grad_logits(exps, scale, self.targets[rows], grad_logp)
@@ -179,7 +196,7 @@ class _Head:
         size = max(1, min(CHUNK_CELLS // self.num_rows, MAX_CHUNK_TOKENS))
         # once for all chunks: on a CPU, fresh pages take nearly as long as a pass over them
         self.buffer = self._empty(min(size, num_tokens), torch.float32)
-        if self.call.with_entropy:
+        if self.call.with_entropy and not _has_kernels(self.buffer):
             self.scratch = self._empty(max(1, len(self.buffer) // 8), torch.float32)
         for start in range(0, max(1, num_tokens), size):
             yield slice(start, min(start + size, num_tokens))
@@ -193,7 +210,7 @@ class _Head:
         logits.copy_(hidden @ self.weight.t())
         return logits if self.call.temperature == 1.0 else logits.div_(self.call.temperature)
 
-    def exponentials(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def exponentials(self, hidden: Tensor, targets: Tensor) -> tuple[_Exponentials, Tensor]:
         """exp(logits − top), in the buffer, and this shard's statistics, float32 [3 or 4, C].
 
         These are: top, Σ exp, the target's logit (0 where it is another shard's), Σ exp · log exp.
@@ -202,14 +219,18 @@ class _Head:
         if not self.num_real:
             own = logits.new_zeros(3 + self.call.with_entropy, len(hidden))
             own[0] = -torch.inf
-            return logits, own
+            return _Exponentials(logits, None), own
         columns, is_local = self._columns(targets)
+        if _has_kernels(logits):
+            own = softmax_kernels.statistics(logits, columns, is_local, self.call.with_entropy)
+            return _exponentials(logits, own[0]), own
         target_logit = torch.where(is_local, logits.gather(1, columns)[:, 0], 0.0)
         top = logits.amax(dim=1)
-        exps = logits.sub_(top[:, None]).exp_()
-        own = [top, exps.sum(dim=1), target_logit]
+        exps = _exponentials(logits, top)
+        own = [top, exps.values.sum(dim=1), target_logit]
         if self.call.with_entropy:
-            own.append(torch.cat([self._plogp(part) for part in exps.split(len(self.scratch))]))
+            parts = exps.values.split(len(self.scratch))
+            own.append(torch.cat([self._plogp(part) for part in parts]))
         return exps, torch.stack(own)
 
     def _plogp(self, exps: Tensor) -> Tensor:
@@ -217,22 +238,25 @@ class _Head:
         return torch.xlogy(exps, exps, out=self.scratch[: len(exps)]).sum(dim=1)
 
     def grad_logits(
-        self, exps: Tensor, scale: Tensor, targets: Tensor, grad_logp: Tensor
+        self, exps: _Exponentials, scale: Tensor, targets: Tensor, grad_logp: Tensor
     ) -> Tensor:
         """grad_logp / temperature · (onehot(target) − exps · scale), in the weight's dtype.
 
-        In place where that is float32. The target's column is rounded last, since one minus a
-        probability near one would lose everything.
+        In place where that is float32, and always by the kernel. The target's column is rounded
+        last, since one minus a probability near one would lose everything.
         """
         grad_logp = grad_logp / self.call.temperature
         scale = (grad_logp * scale).neg_()
-        dtype = self.weight.dtype
-        grad = exps if dtype == exps.dtype else self._empty(len(exps), dtype)
+        values, dtype = exps.values, self.weight.dtype
+        columns, is_local = self._columns(targets)
+        if exps.top is not None:
+            place = columns, is_local
+            return softmax_kernels.gradient(values, exps.top, scale, grad_logp, *place, dtype)
+        grad = values if dtype == values.dtype else self._empty(len(values), dtype)
         if not self.num_real:
             return grad
-        columns, is_local = self._columns(targets)
-        at_target = torch.where(is_local, grad_logp, 0.0) + scale * exps.gather(1, columns)[:, 0]
-        torch.mul(exps, scale[:, None], out=grad)
+        at_target = torch.where(is_local, grad_logp, 0.0) + scale * values.gather(1, columns)[:, 0]
+        torch.mul(values, scale[:, None], out=grad)
         return grad.scatter_(1, columns, at_target[:, None].to(dtype))
 
     def gather(self, own: Tensor) -> Tensor:
@@ -270,6 +294,10 @@ def _combine(shards: Tensor) -> tuple[Tensor, ...]:
 def _has_float32_products(factor: Tensor) -> bool:
     """Whether torch multiplies this dtype into float32: the out_dtype overloads are CUDA's."""
     return factor.is_cuda and factor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _has_kernels(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.numel() > 0
 
 
 def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
