@@ -272,7 +272,7 @@ def _batches(engine: Any, problems: Sequence[Any], config: Config, num: int) -> 
     from megatron_nft.config import VerifyConfig
     from megatron_nft.rollout.collect import Collector, ask
     from megatron_nft.rollout.questions import QuestionOrder
-    from megatron_nft.verify.pool import Verifier
+    from megatron_nft.verify.verifier import Verifier
 
     collector = Collector(QuestionOrder(problems, seed=0), config.rollout)
     counts, start = [], 0.0

@@ -94,8 +94,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if "LOCAL_RANK" in os.environ:  # under torchrun
         from megatron_nft.train import run_process
 
-        run_process(arguments.recipe, arguments.overrides)
-        return 0
+        return run_process(arguments.recipe, arguments.overrides)
     from megatron_nft.processes import run
 
     return run(arguments.recipe, arguments.overrides)

@@ -60,6 +60,15 @@ class Fp8Config:
 
 
 @dataclass(frozen=True)
+class RuleConfig:
+    """How an answer is compared with the known one; see verify/rules.py."""
+
+    name: str = "math_verify"  # math_verify | boxed_exact | numeric | module:function of your own
+    last_chars: int = 300  # boxed_exact: of an answer, in which the box must lie
+    tolerance: float = 1e-6  # numeric: relative to the known number; as it is where that is 0
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One data file; columns that are not given are found by their usual names."""
 
@@ -69,6 +78,7 @@ class SourceConfig:
     answer: str = ""
     solution: str = ""  # worked solutions, for the objective sft
     samples: int = 1  # answers a question, for evaluation sets
+    rule: RuleConfig = field(default_factory=RuleConfig)
 
 
 @dataclass(frozen=True)
@@ -147,13 +157,17 @@ class OptimizerConfig:
     questions_per_minibatch: int = 32
     epochs: int = 1
     tokens_per_microbatch: int = 16384  # over the context-parallel ranks together
+    max_skipped_steps: int = 3  # in a row, with a loss or gradient that is not finite
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
     workers: int = 0  # of each engine; 0: its share of the machine's cores
-    timeout_s: float = 10.0
-    max_unverifiable_rate: float = 0.1
+    timeout_s: float = 10.0  # an answer
+    memory_gib: float = 2.0  # a worker
+    answers_per_worker: int = 10_000  # then it is replaced, in milliseconds
+    on_bad_gold: str = "error"  # error | skip: known answers that nothing can be compared with
+    max_unverifiable_rate: float = 0.1  # of a batch's answers; above it the run stops
 
 
 @dataclass(frozen=True)
@@ -168,7 +182,8 @@ class EvaluateConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 2  # rollouts; 0: only at the end
-    keep: int = 2
+    keep: int = 2  # the newest
+    best: str = ""  # keep the best too, by accuracy (mean of the sets) | eval/<set>/accuracy
     check_export: bool = False  # compare the exported model's log-probabilities by transformers
 
 
@@ -178,6 +193,11 @@ class LoggingConfig:
     answers_every: int = 0  # rollouts: what they trained on, as rollouts/rollout_N.parquet; 0: none
     wandb_project: str = ""  # empty: off
     wandb_name: str = ""
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    timeout_s: float = 1800.0  # without progress of any rank until the job is ended; 0: off
 
 
 @dataclass(frozen=True)
@@ -199,6 +219,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     @property
     def longest(self) -> int:

@@ -6,7 +6,7 @@ from megatron_nft.config import Config
 from megatron_nft.rollout.collect import ask
 from megatron_nft.rollout.engine import Engine, Sampling
 from megatron_nft.rollout.groups import Problem
-from megatron_nft.verify.pool import Verifier
+from megatron_nft.verify.verifier import Verifier
 
 EvaluationSet = tuple[str, Sequence[Problem], int]  # name, problems, answers a problem
 

@@ -8,7 +8,7 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -84,18 +84,25 @@ def read_metrics(run_dir: Path) -> list[Record]:
 
 
 class PhaseTimer:
-    """Seconds spent in each named phase since the last reset; phases do not nest."""
+    """Seconds spent in each named phase since the last reset; phases do not nest.
 
-    def __init__(self) -> None:
+    Args:
+        on_change: told a phase's name when it begins and "" when it ends, unless it raises.
+    """
+
+    def __init__(self, on_change: Callable[[str], object] = lambda _: None) -> None:
         self._seconds: dict[str, float] = {}
+        self._on_change = on_change
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a block, with the GPU work it started. A block that raises is not counted."""
+        self._on_change(name)
         start = time.perf_counter()
         yield
         if torch := _torch_on_cuda():
             torch.cuda.synchronize()
+        self._on_change("")
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ CHANGEABLE = (
     "checkpoint.",
     "logging.",
     "verify.",
+    "watchdog.",
     "memory.",
     "rollout.memory_fraction",
     "rollout.max_asks",

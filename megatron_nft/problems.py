@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_nft.config import DataConfig, SourceConfig
+from megatron_nft.config import DataConfig, RuleConfig, SourceConfig
 from megatron_nft.rollout.groups import Problem
 from megatron_nft.rows import Row, RowError, excerpt, read_rows
 from megatron_nft.verify.answers import last_boxed
@@ -89,6 +89,7 @@ class _Item:
     question: str | list[Message]
     answer: str
     solution: str | None
+    rule: RuleConfig
 
 
 def load_problems(
@@ -182,7 +183,7 @@ def _parse(place: str, row: Any, source: SourceConfig) -> _Item:
     question = _chat(value, column) if isinstance(value, list) else _text(value, column, "question")
     column, value = _find(row, source.answer, ANSWER_COLUMNS, "answer")
     answer, worked = _split_answer(_answer_text(value, column), column)
-    return _Item(place, question, answer, _solution(row, source, answer, worked))
+    return _Item(place, question, answer, _solution(row, source, answer, worked), source.rule)
 
 
 def _find(row: dict, given: str, usual: tuple[str, ...], what: str) -> tuple[str, Any]:
@@ -304,7 +305,7 @@ def _tokenize(
     solutions = _solution_tokens([item.solution for _, item in batch], tokenizer)
     for (key, item), prompt, solution in zip(batch, prompts, solutions, strict=True):
         if len(prompt) <= data.max_prompt_tokens:
-            yield Problem(key, prompt, item.answer, name, solution)
+            yield Problem(key, prompt, item.answer, name, solution, item.rule)
         elif data.on_long_prompt == "skip":
             skipped["prompt too long"] += 1
         else:

@@ -1,15 +1,24 @@
 """Start a run's processes on this machine, once everything that can be checked is right."""
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
+
+import psutil
 
 from megatron_nft import recipe
 from megatron_nft.config import Config
+from megatron_nft.notice import REQUEUE, SIGNALS
 from megatron_nft.policy import fp8
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_libc = ctypes.CDLL(None)  # before any fork
 
 # what Megatron-Core and vLLM say at every import, on hosts that lack optional parts
 QUIET = {"PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -45,7 +54,35 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     print(f"starting {num_processes} processes; imports and the engine take a while", flush=True)
     # one thread each, unless the user says otherwise: what torchrun would do, without its notice
     environment = QUIET | {"OMP_NUM_THREADS": "1"} | fp8.environment(config.fp8) | os.environ
-    return subprocess.run(command, env=environment).returncode
+    return _run_agent(command, environment)
+
+
+def _run_agent(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """torchrun's exit code; REQUEUE where a scheduler's notice ended the run.
+
+    The notice goes to the training processes alone: torchrun would end them half a minute later,
+    whatever they are doing.
+    """
+    # what ends this process ends torchrun too, and that the training processes
+    agent = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
+    is_noticed = False
+
+    def forward(_number: int, _frame: FrameType | None) -> None:
+        nonlocal is_noticed
+        is_noticed = True
+        for process in psutil.Process(agent.pid).children():
+            if "megatron_nft" in process.cmdline():
+                process.send_signal(signal.SIGUSR1)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)
+    code = agent.wait()
+    return REQUEUE if is_noticed and code else code
+
+
+def end_with_parent() -> None:
+    """Have the kernel end this process when the thread that started it ends (Linux)."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> NoReturn:

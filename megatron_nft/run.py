@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -18,14 +19,14 @@ from transformers import AutoTokenizer
 from checkpoints_conversion import hf_to_megatron, megatron_to_hf
 from checkpoints_conversion.hf_files import read_hf_config
 from megatron_nft import old_logp, recipe
-from megatron_nft.config import Config, SourceConfig
+from megatron_nft.config import Config
 from megatron_nft.evaluate import evaluate
 from megatron_nft.export_check import check_export
 from megatron_nft.metrics import MetricsLog, PhaseTimer
+from megatron_nft.notice import REQUEUE, Interrupted, Notice
 from megatron_nft.policy import checkpoint, host, packing
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.step import Policy
-from megatron_nft.problems import load_problems
 from megatron_nft.rollout import saving
 from megatron_nft.rollout.ahead import Ahead
 from megatron_nft.rollout.collect import Asked, Batch, Collector, ask
@@ -36,7 +37,11 @@ from megatron_nft.rollout.handover import hand_over
 from megatron_nft.rollout.questions import QuestionOrder
 from megatron_nft.rollout.records import write_groups
 from megatron_nft.rollout.remote import RemoteEngine
-from megatron_nft.verify.pool import Verifier
+from megatron_nft.sources import Sources
+from megatron_nft.statistics import mean_accuracy
+from megatron_nft.updates import Updates
+from megatron_nft.verify.verifier import Verifier
+from megatron_nft.watchdog import Watchdog
 
 PATIENCE = timedelta(days=7)  # with what other ranks wait for while they have nothing to do
 DRIFT_QUESTIONS, DRIFT_TOKENS = 16, 64  # of which drift is measured where nothing else shows it
@@ -47,32 +52,41 @@ logger = logging.getLogger("megatron_nft")
 class Run(ExitStack):
     """A run from where it stands in its directory; leaving it ends what it started."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, notice: Notice) -> None:
         super().__init__()
-        self.config = config
+        self.config, self._notice = config, notice
+        self._is_abandonable = False  # what the engine is doing
         self.directory = Path(config.run_dir)
-        self.timer = PhaseTimer()
+        logs, timeout_s = self.directory / "logs", config.watchdog.timeout_s
+        self.watchdog = self.enter_context(Watchdog(logs, timeout_s, dist.get_rank()))
+        self.timer = PhaseTimer(self.watchdog.enter)
         self.is_main = dist.get_rank() == 0
         self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._sharers = _engine_group(config.rollout.tensor)
         path = Path(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.verifier = self._start_verifier()
-        self.problems = [p for source in config.data.train for p in self._load(source)]
+        sources = Sources(config, self.tokenizer, self.verifier, self._on_main)
+        self.problems = sources.training()
         self.order = QuestionOrder(self.problems, config.seed)
         self.collector = Collector(self.order, config.rollout)
-        self.eval_sets = [
-            (s.name or Path(s.path).stem, self._load(s), s.samples) for s in config.evaluate.sets
-        ]
+        self.eval_sets = sources.evaluation()
         hf_config = read_hf_config(path)
         fill = partial(hf_to_megatron.load, path=path, hf_config=hf_config)
-        self.policy = Policy(config, hf_config, fill)
+        self.watchdog.enter("model")
+        self.policy = Policy(config, hf_config, fill, self.watchdog.beat)
         checkpoint.check(self.policy)
+        skipped = self.directory / "skipped" if self.is_main else None
+        self.updates = Updates(self.policy, skipped, config.optimizer.max_skipped_steps)
         self.ahead = Ahead(self._batch)
         self.callback(self.ahead.close)
         self.state = self._resume()
+        self._saved_rollout = self.state.rollout
+        self.watchdog.enter("engine")
         with self.policy.memory_lent():
             self.engine = self._start_engine() if self.samples or self.eval_sets else None
         self.sampled: dict[str, float] = {}  # metrics of the engine since they were last logged
+        self.checkpoints_failed = 0  # since this process started
         self._start_log()
 
     @property
@@ -92,31 +106,30 @@ class Run(ExitStack):
 
     # data
 
-    def _load(self, source: SourceConfig) -> list[Problem]:
-        loaded = load_problems(source, self.config.data, self.tokenizer)
-        if self.is_main and (loaded.num_skipped or loaded.num_duplicates):
-            logger.warning(
-                "%s: %d problems; left out: %d repetitions, %s",
-                source.path,
-                len(loaded.problems),
-                loaded.num_duplicates,
-                loaded.skipped_reasons or "nothing else",
-            )
-        return loaded.problems
-
     def collect(self) -> Batch:
         """The groups of one rollout: sampled, judged and counted, or the data's solutions."""
         if not self.samples:
             groups = [_solution(p) for p in self.order.take(self.config.rollout.questions)]
             return Batch(groups, None)
         batch = self._collect_here() if self.engine.is_collective else self._collect_ahead()
-        self._check_verifier("rollout", batch.tally.metrics().get("unverifiable_rate", 0.0))
+        rate = batch.tally.metrics().get("unverifiable_rate", 0.0)
+        self._check_verifier("rollout", rate, batch.tally.unverifiable)
         return batch
 
     def _collect_here(self) -> Batch:
-        """The batch of every process's own engine, which sleeps before and after."""
-        with self._sampling(), self.timer.phase("rollout"):
-            return self._batch(self.state.rollout)
+        """The batch of every process's own engine, which sleeps before and after.
+
+        Raises:
+            Interrupted: the scheduler gave notice; what was to be asked is asked again.
+        """
+        collector, position = self.collector, self.order.position
+        surplus, cut = collector.surplus, collector.cut
+        try:
+            with self._sampling(), self.timer.phase("rollout"), self._abandonable():
+                return self._batch(self.state.rollout)
+        except Interrupted:
+            self.order.position, collector.surplus, collector.cut = position, surplus, cut
+            raise
 
     def _collect_ahead(self) -> Batch:
         """The batch that rank 0 gets from the servers; those after it are begun meanwhile.
@@ -165,11 +178,12 @@ class Run(ExitStack):
         num_workers = options.workers or max(1, len(os.sched_getaffinity(0)) // num_local)
         return self.enter_context(Verifier(replace(options, workers=num_workers)))
 
-    def _check_verifier(self, what: str, rate: float) -> None:
+    def _check_verifier(self, what: str, rate: float, examples: Sequence[str] = ()) -> None:
         if rate > self.config.verify.max_unverifiable_rate:
             raise RuntimeError(
                 f"{what}: {rate:.1%} of the answers could not be judged; "
                 f"verify.max_unverifiable_rate is {self.config.verify.max_unverifiable_rate:.1%}"
+                + "".join(f"\n  {example}" for example in examples)
             )
 
     # engine
@@ -188,6 +202,7 @@ class Run(ExitStack):
             dtype=config.model.dtype,
             max_tokens=config.longest,
             seed=config.seed,
+            on_progress=self._progress,
         )
         self.callback(engine.close)
         self.callback(self.ahead.cancel)  # before the engine closes: else the next batch begins
@@ -273,15 +288,48 @@ class Run(ExitStack):
                 self._check_verifier(key, value)
         return metrics
 
+    # the scheduler's notice
+
+    def is_noticed(self) -> bool:
+        """Whether any rank was told that the time is up; collective."""
+        return _on_any(self._notice.has_come, self._patient)
+
+    def save_for_later(self) -> None:
+        """Leave a checkpoint of where the run stands, unless there is one; collective."""
+        if self.state.rollout not in (0, self._saved_rollout):
+            self.save({})
+        if self.is_main:
+            logger.warning(
+                "told to stop after %d rollouts; start it again by the same command (exit code %d)",
+                self._saved_rollout,
+                REQUEUE,
+            )
+
+    @contextmanager
+    def _abandonable(self) -> Iterator[None]:
+        self._is_abandonable = True
+        try:
+            yield
+        finally:
+            self._is_abandonable = False
+
+    def _progress(self) -> None:
+        """After a step of an engine; all its ranks abandon it at the same one."""
+        self.watchdog.beat()
+        if not self._is_abandonable:
+            return
+        noticed = self._notice.has_come
+        if _on_any(noticed, self._sharers) if self._sharers else noticed:
+            raise Interrupted
+
     # directory
 
     def _resume(self) -> RunState:
-        """Where the run stands: rank 0 looks, so that all ranks go on from the same place."""
-        seen = [checkpoint.latest(self.directory / "checkpoints") if self.is_main else None]
-        dist.broadcast_object_list(seen, src=0)
-        if seen[0] is None:
+        """Where the run stands, by its newest sound checkpoint; collective."""
+        found = checkpoint.latest(self.directory / "checkpoints")
+        if found is None:
             return RunState()
-        path, state = seen[0]
+        path, state = found
         checkpoint.load(path, self.policy)
         self.policy.num_updates = state.step
         self.order.position = state.position
@@ -341,26 +389,52 @@ class Run(ExitStack):
         good = enough > 0 and self.state.accuracy >= enough
         return good or self.state.rollout >= self.config.rollouts
 
-    def save(self) -> None:
-        """Write a checkpoint; waits for what is being sampled."""
+    def save(self, evaluated: Mapping[str, float]) -> None:
+        """Write a checkpoint; waits for what is being sampled.
+
+        The run outlives a full disk: the failure is told and counted, and the next save is another.
+
+        Args:
+            evaluated: what was measured of these very weights; empty where nothing was.
+        """
         self._settle()
-        waiting = self.ahead.settle()
-        checkpoint.save(
-            self.directory / "checkpoints",
-            self.policy,
-            replace(self.state, position=self.order.position),
-            self.config.checkpoint.keep,
-            add=partial(saving.save, collector=self.collector, ahead=waiting),
-        )
+        options, directory = self.config.checkpoint, self.directory / "checkpoints"
+        add = partial(saving.save, collector=self.collector, ahead=self.ahead.settle())
+        value = evaluated.get(options.best, mean_accuracy(evaluated)) if evaluated else None
+        state = replace(self.state, position=self.order.position)
+        state = checkpoint.with_best(directory, state, options.best, value)
+        try:
+            checkpoint.save(directory, self.policy, state, options.keep, add)
+            self.state, self._saved_rollout = state, state.rollout
+        except checkpoint.CheckpointError as error:
+            self.checkpoints_failed += 1
+            if self.is_main:
+                logger.error("%s; the run goes on", error)
 
     def export(self) -> None:
         """Leave the policy as a Hugging Face directory, `hf`; collective."""
+        self.watchdog.enter("export")
         source, out = Path(self.config.model.path), self.directory / "hf"
         megatron_to_hf.export(self.policy.chunks, self.policy.hf_config, source, out)
         if self.config.checkpoint.check_export:
             largest = check_export(self.policy, out, self.problems)
             if self.is_main:
                 tqdm.write(f"transformers agrees with the policy: max |Δlogp| {largest:.1e}")
+
+
+def _engine_group(num_ranks: int) -> dist.ProcessGroup | None:
+    """This rank's and those that share an engine with it; None where none does. Collective."""
+    if num_ranks == 1:
+        return None
+    firsts = range(0, dist.get_world_size(), num_ranks)
+    groups = [dist.new_group(range(i, i + num_ranks), backend="gloo") for i in firsts]
+    return groups[dist.get_rank() // num_ranks]
+
+
+def _on_any(value: bool, group: dist.ProcessGroup) -> bool:
+    found = torch.tensor(int(value))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+    return bool(found)
 
 
 def _solution(problem: Problem) -> Group:

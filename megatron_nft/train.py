@@ -15,6 +15,7 @@ start the processes.
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,22 +24,31 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_nft import old_logp, preflight, recipe
 from megatron_nft.config import Config
+from megatron_nft.notice import REQUEUE, Interrupted, Notice
 from megatron_nft.policy import fp8, parallel
-from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.packing import Sequence, sequences_of
+from megatron_nft.processes import end_with_parent
 from megatron_nft.rollout.groups import Group
 from megatron_nft.run import Run
 from megatron_nft.statistics import mean_accuracy, rollout_statistics, step_statistics
 
 
-def train(config: Config) -> None:
-    """Run the recipe to its end, from where it stands in its directory."""
-    with Run(config) as run:
+def train(config: Config, notice: Notice) -> int:
+    """Run the recipe to its end, from where it stands in its directory; an exit code.
+
+    After a scheduler's notice that is REQUEUE: started again, the run goes on where it stands.
+    """
+    with Run(config, notice) as run:
         if run.state.step == 0 and run.evaluates_after(run.state):
             run.log({"step": 0, "rollout": 0, **run.evaluate()})
         while not run.is_finished:
-            one_rollout(run)
+            with suppress(Interrupted):
+                one_rollout(run)
+            if run.is_noticed():
+                run.save_for_later()
+                return REQUEUE
         run.export()
+    return 0
 
 
 def one_rollout(run: Run) -> None:
@@ -55,24 +65,27 @@ def one_rollout(run: Run) -> None:
         step += 1
         lr = learning_rate(config, step)
         with timer.phase("update"):
-            measured = run.policy.update(minibatch, lr)
+            measured = run.updates.step(step, minibatch, lr)
         record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
+        record_["steps_skipped"] = run.updates.num_skipped
+        if measured is None:
+            continue
         record_ |= step_statistics(measured, minibatch, config.objective)
         if step == state.step + 1 and run.samples and config.old_logp == "rollout":
             drift = old_logp.of_update(measured["log_ratio"], minibatch, state.rollout)
             old_logp.act_on(drift, config.drift)
     record_ |= rollout_statistics(groups, batch.tally, timer, state.rollout) | drift
-    state = run.state = RunState(state.rollout + 1, step)
-    if run.evaluates_after(state):
-        record_ |= run.evaluate()
-    run.state = replace(state, accuracy=mean_accuracy(record_))
+    state = run.state = replace(state, rollout=state.rollout + 1, step=step)
+    evaluated = run.evaluate() if run.evaluates_after(state) else {}
+    record_ |= evaluated | {"checkpoints_failed": run.checkpoints_failed}
+    run.state = replace(state, accuracy=mean_accuracy(evaluated))
     seconds = {f"seconds/{name}": s for name, s in timer.seconds().items()}
     # the record before the checkpoint: a resumed run can cut a record, but not make up for one
     run.log(run.engine_metrics() | record_ | seconds)
     timer.reset()
     if run.saves_after(run.state):
         with timer.phase("checkpoint"):  # counted with the next rollout
-            run.save()
+            run.save(evaluated)
 
 
 def with_old_logp(
@@ -108,16 +121,19 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 @record
-def run_process(path: Path, overrides: list[str]) -> None:
-    """What every process under torchrun does."""
+def run_process(path: Path, overrides: list[str]) -> int:
+    """What every process under torchrun does; its exit code."""
+    end_with_parent()
+    notice = Notice()
     config = recipe.load(path, overrides)
     fp8.check_environment(config.fp8)
     # rank 0 may wait for a server in the middle of a hand-over
     timeout_s = max(1800.0, 3 * config.rollout.start_timeout_s)
     parallel.initialize(config.parallel, config.seed, timeout_s)
     check_once(config)
-    train(config)
+    code = train(config, notice)
     parallel.finalize()  # not after an exception: the others may be waiting in a collective
+    return code
 
 
 def check_once(config: Config) -> None:
@@ -134,4 +150,4 @@ def check_once(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_process(Path(sys.argv[1]), sys.argv[2:])
+    sys.exit(run_process(Path(sys.argv[1]), sys.argv[2:]))

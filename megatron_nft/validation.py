@@ -57,6 +57,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.on_short_batch": ("train", "stop"),
     "rollout.weight_transfer": ("files", "gloo", "nccl"),
     "rollout.quantization": ("none", "fp8"),
+    "verify.on_bad_gold": ("error", "skip"),
     "old_logp": ("trainer", "rollout"),
 }
 
@@ -74,6 +75,8 @@ RANGES: dict[str, Range] = {
     "fp8.num_layers_at_start_in_bf16": NOT_NEGATIVE,
     "fp8.num_layers_at_end_in_bf16": NOT_NEGATIVE,
     "data.train[].samples": AT_LEAST_ONE,
+    "data.train[].rule.last_chars": AT_LEAST_ONE,
+    "data.train[].rule.tolerance": NOT_NEGATIVE,
     "data.max_prompt_tokens": AT_LEAST_ONE,
     "objective.epsilon": POSITIVE_SHARE,
     "objective.negative_weight": NOT_NEGATIVE,
@@ -109,10 +112,15 @@ RANGES: dict[str, Range] = {
     "optimizer.questions_per_minibatch": AT_LEAST_ONE,
     "optimizer.epochs": AT_LEAST_ONE,
     "optimizer.tokens_per_microbatch": AT_LEAST_ONE,
+    "optimizer.max_skipped_steps": NOT_NEGATIVE,
     "verify.workers": NOT_NEGATIVE,
     "verify.timeout_s": POSITIVE,
+    "verify.memory_gib": Range(0.5),
+    "verify.answers_per_worker": AT_LEAST_ONE,
     "verify.max_unverifiable_rate": SHARE,
     "evaluate.sets[].samples": AT_LEAST_ONE,
+    "evaluate.sets[].rule.last_chars": AT_LEAST_ONE,
+    "evaluate.sets[].rule.tolerance": NOT_NEGATIVE,
     "evaluate.every": NOT_NEGATIVE,
     "evaluate.temperature": NOT_NEGATIVE,
     "evaluate.top_p": POSITIVE_SHARE,
@@ -120,7 +128,11 @@ RANGES: dict[str, Range] = {
     "checkpoint.every": NOT_NEGATIVE,
     "checkpoint.keep": AT_LEAST_ONE,
     "logging.answers_every": NOT_NEGATIVE,
+    "watchdog.timeout_s": NOT_NEGATIVE,
 }
+
+RULES = ("math_verify", "boxed_exact", "numeric")
+FUNCTION = re.compile(r"[\w.]+:\w+")  # its import path
 
 REQUIRED = {
     "run_dir": "the directory the run writes to",
@@ -161,6 +173,8 @@ def _complaint(key: str, value: Any) -> str | None:
         return _was(key, value, str(RANGES[rule]))
     if rule in REQUIRED and not value:
         return _was(key, value, REQUIRED[rule])
+    if rule.endswith(".rule.name") and value not in RULES and not FUNCTION.fullmatch(value):
+        return _was(key, value, f"{', '.join(RULES)}, or module:function of your own")
     return None
 
 
@@ -173,7 +187,9 @@ def _rules_between_keys(config: Config) -> Iterator[str]:
     yield from _precision_rules(config)
     yield from _batch_rules(config)
     yield from _evaluation_rules(config)
+    yield from _best_rules(config)
     yield from _server_rules(config.rollout)
+    yield from _watchdog_rules(config)
     if not config.data.train:
         yield _was("data.train", [], "a list of at least one file: [{path: …}]")
     if config.objective.name != "sft":
@@ -261,6 +277,15 @@ def _server_rules(rollout: RolloutConfig) -> Iterator[str]:
             yield _was("rollout.weight_transfer", rollout.weight_transfer, may_be)
 
 
+def _watchdog_rules(config: Config) -> Iterator[str]:
+    given, rollout = config.watchdog.timeout_s, config.rollout
+    # so long a run may wait for servers, and then says itself what is wrong
+    patience_s = rollout.start_timeout_s + rollout.stall_timeout_s
+    if rollout.engine == "remote" and 0 < given <= patience_s:
+        may_be = f"0, or above rollout.start_timeout_s + rollout.stall_timeout_s = {patience_s:g}"
+        yield _was("watchdog.timeout_s", given, may_be)
+
+
 def _off_policy_rules(config: Config) -> Iterator[str]:
     rollout, steps = config.rollout, config.rollout.max_steps_off_policy
     if steps and config.old_logp != "rollout":
@@ -291,3 +316,13 @@ def _evaluation_rules(config: Config) -> Iterator[str]:
     if evaluate.stop_at_accuracy and not (evaluate.sets and evaluate.every):
         may_be = "0, or needs evaluate.sets and evaluate.every above 0"
         yield _was("evaluate.stop_at_accuracy", evaluate.stop_at_accuracy, may_be)
+
+
+def _best_rules(config: Config) -> Iterator[str]:
+    best, evaluate = config.checkpoint.best, config.evaluate
+    names = [f"eval/{source.name or Path(source.path).stem}/accuracy" for source in evaluate.sets]
+    if best and not (names and evaluate.every):
+        may_be = "empty, or needs evaluate.sets and evaluate.every above 0"
+        yield _was("checkpoint.best", best, may_be)
+    elif best and best not in ("accuracy", *names):
+        yield _was("checkpoint.best", best, f"empty, accuracy, {', '.join(names)}")

@@ -220,11 +220,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that would have started a run's processes."""
     commands: list[list[str]] = []
 
-    def start(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def start(command: list[str], _environment: Any) -> int:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 3)
+        return 3
 
-    monkeypatch.setattr(processes.subprocess, "run", start)
+    monkeypatch.setattr(processes, "_run_agent", start)
     monkeypatch.setattr(processes.os, "execve", lambda _, command, env: commands.append(command))
     return commands
 

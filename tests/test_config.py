@@ -20,7 +20,9 @@ from megatron_nft.config import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    RuleConfig,
     SourceConfig,
+    WatchdogConfig,
 )
 from megatron_nft.recipe import differences, load, save
 from megatron_nft.validation import CHOICES, RANGES, leaves, validate
@@ -109,6 +111,14 @@ def test_overrides_reach_sections_lists_and_whole_lists(tmp_path: Path) -> None:
         ("evaluate: {sets: [{path: a, samples: q}]}", ["evaluate.sets[0].samples was 'q'"]),
         ("optimizer: {betas: [0.9]}", ["optimizer.betas was [0.9]", "a list of 2"]),
         ("optimizer: {betas: [0.9, x]}", ["optimizer.betas[1] was 'x'"]),
+        (
+            "data: {train: [{path: a, rule: {name: 3}}]}",
+            ["data.train[0].rule.name was 3 (int)", "a string"],
+        ),
+        (
+            "data: {train: [{path: a, rule: exact}]}",
+            ["data.train[0].rule was 'exact'", "a section"],
+        ),
         ("rollouts: ???", ["rollouts"]),
         ("model: {dtype: '${oc.env:NO_SUCH_VARIABLE}'}", ["NO_SUCH_VARIABLE"]),
         ("rollouts: 1\nrollouts: 2", ["duplicate key rollouts"]),
@@ -240,6 +250,7 @@ def test_every_number_and_every_name_has_a_rule() -> None:
     assert {key for key, value in values.items() if type(value) in (int, float)} == set(RANGES)
     strings = {key for key, value in values.items() if type(value) is str}
     free = {"run_dir", "model.path", "logging.wandb_project", "logging.wandb_name"}
+    free |= {"checkpoint.best"}  # its choices depend on the evaluation sets
     sources = {key for key in strings if "[]" in key}
     assert strings - free - sources == {key for key in CHOICES if "[]" not in key}
 
@@ -317,6 +328,14 @@ def test_every_number_and_every_name_has_a_rule() -> None:
             changed("drift", DriftConfig(warn=0.2, stop=0.1)),
             "drift.stop was 0.1; it may be at least drift.warn = 0.2",
         ),
+        (
+            replace(
+                changed("rollout", RolloutConfig(engine="remote", start_timeout_s=1700.0)),
+                watchdog=WatchdogConfig(1800.0),
+            ),
+            "watchdog.timeout_s was 1800.0; it may be 0, or above rollout.start_timeout_s + "
+            "rollout.stall_timeout_s = 1820",
+        ),
         (changed("data", DataConfig()), "data.train was []"),
         (changed("data", DataConfig(train=[SourceConfig()])), "data.train[0].path was ''"),
         (changed("run_dir", ""), "run_dir was ''"),
@@ -333,6 +352,17 @@ def test_every_number_and_every_name_has_a_rule() -> None:
 )
 def test_rules_between_keys(config: Config, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
+        validate(config)
+
+
+@pytest.mark.parametrize("name", ["numeric", "a.b:is_right", "exact", "a.b", "a:b:c", ""])
+def test_a_rule_has_a_known_name_or_is_the_path_of_a_function(name: str) -> None:
+    source = SourceConfig(path="t.jsonl", rule=RuleConfig(name))
+    config = replace(GOOD, data=replace(GOOD.data, train=[source]))
+    if name in ("numeric", "a.b:is_right"):
+        validate(config)
+        return
+    with pytest.raises(ValueError, match=r"data.train\[0\].rule.name was .* module:function"):
         validate(config)
 
 

@@ -215,7 +215,8 @@ def _ask(*are_good: bool, num_gone: int = 0) -> tuple[dict[int, list[Answer]], C
             member.lose = lambda trouble: None  # and back
         questions = {i: Question([1], {}) for i in range(20)}
         try:
-            return await Asking(fleet, questions, 20, 2, counts).run(), counts
+            asking = Asking(fleet, questions, 20, 2, counts, lambda *_: None)
+            return await asking.run(), counts
         finally:
             await fleet.close()
 

@@ -140,6 +140,16 @@ def test_phases_add_up_until_reset() -> None:
     assert timer.seconds() == {}
 
 
+def test_phases_are_told_as_they_begin_and_end() -> None:
+    told: list[str] = []
+    timer = PhaseTimer(told.append)
+    with timer.phase("rollout"):
+        assert told == ["rollout"]
+    with pytest.raises(KeyError), timer.phase("update"):
+        raise KeyError
+    assert told == ["rollout", "", "update"]  # where it failed
+
+
 def test_peak_memory_covers_what_the_process_held() -> None:
     held = bytearray(b"x" * 2**28)
     assert 0.25 < peak_memory_gib() < 1000

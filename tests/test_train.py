@@ -4,11 +4,11 @@ import json
 import shutil
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import COLD_START, RECIPE, lasting, train, write_rows
 from safetensors.numpy import load_file
 from toys import save_model, train_tokenizer
 
@@ -19,30 +19,6 @@ from megatron_nft.problems import load_problems
 
 pytestmark = pytest.mark.processes
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-VOLATILE = ("seconds/", "tokens_per_second", "peak_memory", "engine_gib", "device_gib")
-COLD_START = """
-run_dir: {root}/cold
-rollouts: 60
-model: {{path: {root}/model, dtype: float32}}
-parallel: {{tensor: {tensor}}}
-data: {{train: [{{path: {root}/cold.jsonl}}], template: raw, max_prompt_tokens: {longest}}}
-objective: {{name: sft}}
-rollout: {{questions: 32, max_response_tokens: 12}}
-optimizer: {{lr: 2.0e-3, warmup_rollouts: 5, questions_per_minibatch: 32}}
-checkpoint: {{every: 0}}
-"""
-RECIPE = """
-run_dir: {root}/nft
-rollouts: 4
-model: {{path: {root}/cold/hf, dtype: float32}}
-parallel: {{tensor: 2}}
-data: {{train: [{{path: {root}/cold.jsonl}}], template: raw, max_prompt_tokens: 8}}
-rollout: {{questions: 8, questions_asked: 24, answers: 8, max_response_tokens: 12}}
-optimizer: {{lr: 1.0e-3, warmup_rollouts: 1, questions_per_minibatch: 4, tokens_per_microbatch: 99}}
-evaluate: {{sets: [{{path: {root}/cold.jsonl, name: sums, samples: 2}}], every: 2, top_p: 1.0}}
-checkpoint: {{every: 1, check_export: true}}
-"""
-
 MOE = {
     "vocab_size": len(arithmetic.VOCABULARY),
     "hidden_size": 128,
@@ -54,49 +30,12 @@ MOE = {
 }
 
 
-def train(recipe: Path, *overrides: str) -> None:
-    """`megatron-nft train`, as a user would."""
-    command = [sys.executable, "-m", "megatron_nft", "train", str(recipe), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def convert(*arguments: object) -> str:
     """`megatron-nft convert`; what it prints."""
     command = [sys.executable, "-m", "megatron_nft", "convert", *map(str, arguments)]
     return subprocess.run(
         command, stdout=subprocess.PIPE, text=True, timeout=100, check=True
     ).stdout
-
-
-def lasting(run_dir: Path) -> list[dict]:
-    """A run's metrics without what no two runs share."""
-    return [
-        {k: v for k, v in record.items() if not k.startswith(VOLATILE)}
-        for record in read_metrics(run_dir)
-    ]
-
-
-def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
-    lines = [
-        json.dumps({"question": q, "answer": a, "solution": f"\\boxed{{{a}}}"}) for q, a in rows
-    ]
-    path.write_text("\n".join(lines) + "\n")
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that has seen one-digit sums for a while, and the recipe to go on."""
-    root = tmp_path_factory.mktemp("sums")
-    write_rows(
-        root / "cold.jsonl", [(f"{a}+{b}=", str(a + b)) for a, b in product(range(10), repeat=2)]
-    )
-    arithmetic.make_model(root / "model", seed=0)
-    (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=2, longest=8))
-    (root / "recipe.yaml").write_text(RECIPE.format(root=root))
-    train(root / "cold.yaml")
-    train(root / "recipe.yaml")
-    return root
 
 
 def test_metrics_hold_what_a_step_is_judged_by(root: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from test_train import lasting, root, train  # noqa: F401 (root is a fixture)
+from runs import lasting, train
 
 from megatron_nft.metrics import read_metrics
 
@@ -29,7 +29,7 @@ def of_rollouts(run_dir: Path, key: str) -> list[float]:
 
 
 def test_in_turns_a_run_with_servers_is_the_run_with_engines_of_its_own(
-    root: Path,  # noqa: F811
+    root: Path,
 ) -> None:
     own, remote = root / "own", root / "remote"
     train(root / "recipe.yaml", f"run_dir={own}", "parallel.tensor=1")
@@ -44,7 +44,7 @@ def test_in_turns_a_run_with_servers_is_the_run_with_engines_of_its_own(
     assert (remote / "logs" / "engine_1.log").is_file()
 
 
-def test_sampling_ahead_is_one_rollout_old_and_resumes(root: Path) -> None:  # noqa: F811
+def test_sampling_ahead_is_one_rollout_old_and_resumes(root: Path) -> None:
     through, resumed = root / "ahead", root / "ahead-resumed"
     recorded = "logging.answers_every=1"
     train(root / "recipe.yaml", f"run_dir={through}", *AHEAD, recorded)
@@ -61,7 +61,7 @@ def test_sampling_ahead_is_one_rollout_old_and_resumes(root: Path) -> None:  # n
     assert_same(lasting(resumed), lasting(through), rel=1e-3)  # engines round as batches fall
 
 
-def test_weights_in_flight(root: Path) -> None:  # noqa: F811
+def test_weights_in_flight(root: Path) -> None:
     run_dir = root / "in-flight"
     changed = ["rollout.in_flight_updates=true", "rollout.max_steps_off_policy=2"]
     changed += ["rollout.weight_transfer=gloo"]
@@ -75,7 +75,7 @@ def test_weights_in_flight(root: Path) -> None:  # noqa: F811
 
 
 def test_a_run_that_fails_while_it_samples_ahead_ends_with_all_it_started(
-    root: Path,  # noqa: F811
+    root: Path,
 ) -> None:
     run_dir = root / "failing"
     changed = ["rollout.in_flight_updates=true", "rollout.max_steps_off_policy=2"]

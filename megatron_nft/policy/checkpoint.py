@@ -1,31 +1,36 @@
 """Save and resume: Megatron-Core's distributed checkpoint of the policy and its optimizer.
 
-A checkpoint is complete only once its marker file exists; the marker also holds the run's state.
+A checkpoint appears under its name when all of it is on the disk (checkpoint_files.py); a resume
+takes the newest that still is what was written. What a file system refuses to one rank, all ranks
+know of.
 """
 
-import json
+import logging
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.models.gpt import GPTModel
 
 from checkpoints_conversion.hf_writer import carry_over
 from checkpoints_conversion.megatron_names import HF_FILES, RUN_STATE
-from megatron_nft.policy import host
-from megatron_nft.policy.optimizer import gradient_buffers, torch_optimizers
+from megatron_nft.policy import checkpoint_files as files
+from megatron_nft.policy import host, shards, training_state
+from megatron_nft.policy.checkpoint_files import Marker
+from megatron_nft.policy.optimizer import gradient_buffers
 from megatron_nft.policy.step import Policy
 
-# Optimizer state by parameter, not by rank: it can be loaded at another TP, PP or DP.
-METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(OSError):
+    """What a file system refused to a rank; raised on all of them."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,25 @@ class RunState:
     step: int = 0  # optimizer steps taken
     position: int = 0  # questions taken from the data
     accuracy: float = 0.0  # of the last evaluation, the mean over its sets
+    best_metric: str = ""  # checkpoint.best when best_value was found
+    best_value: float = 0.0
+    best_rollout: int = 0  # whose checkpoint is the best; 0: none yet
+
+
+def with_best(directory: Path, state: RunState, metric: str, value: float | None) -> RunState:
+    """The state with the best checkpoint that there is, once this one is saved.
+
+    Args:
+        metric: what is compared; empty: nothing is.
+        value: of the metric at this very rollout; None where it was not measured.
+    """
+    if metric != state.best_metric or not files.path_of(directory, state.best_rollout).exists():
+        state = replace(state, best_metric=metric, best_value=0.0, best_rollout=0)
+    if not metric or value is None or not math.isfinite(value):
+        return state
+    if state.best_rollout and value <= state.best_value:
+        return state
+    return replace(state, best_value=value, best_rollout=state.rollout)
 
 
 def check(policy: Policy) -> None:
@@ -68,111 +92,166 @@ def save(
     keep: int,
     add: Callable[[Path], None] = lambda _: None,
 ) -> None:
-    """Write `directory/rollout_N`, mark it complete, and drop all but the newest `keep`.
+    """Write `directory/rollout_N`, then drop all but the newest `keep` and the best.
 
     Collective. `add` writes more into the directory, on rank 0 and before it is complete.
+
+    Raises:
+        CheckpointError: the file system has no room, or refused something; nothing has changed but
+            that `directory/rollout_N.partial` is gone. Raised on all ranks.
     """
     check(policy)
-    path = directory / f"rollout_{state.rollout}"
+    path = files.path_of(directory, state.rollout)
+    try:
+        unfinished = _on_main(partial(files.begin, path))
+        plan = shards.plan(training_state.sharded(policy), unfinished, training_state.METADATA)
+        _on_main(partial(files.check_room, directory, shards.total_bytes(plan)))
+        written = _to_main(shards.write(plan))
+        _on_main(lambda: _complete(policy, state, plan, written, unfinished, add))
+        _on_main(partial(files.publish, unfinished, path))
+    except CheckpointError as error:
+        raise CheckpointError(_on_main(partial(_give_up, path, str(error)))) from error
     if dist.get_rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(_sharded_state(policy), str(path), content_metadata=METADATA)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        _add_model_files(path, Path(policy.config.model.path))
-        add(path)
-        temporary = path / (RUN_STATE + ".partial")
-        content = {"state": asdict(state), "parallel": asdict(policy.config.parallel)}
-        temporary.write_text(json.dumps(content))
-        temporary.rename(path / RUN_STATE)
-        for old in _complete(directory)[:-keep]:
-            shutil.rmtree(old)
+        _tidy(directory, state, keep)
     dist.barrier()
 
 
 def latest(directory: Path) -> tuple[Path, RunState] | None:
-    """The newest complete checkpoint and the run's state there; None where there is none."""
-    if not (complete := _complete(directory)):
-        return None
-    marker = complete[-1] / RUN_STATE
-    try:
-        content = json.loads(marker.read_text())
-        return complete[-1], RunState(**content["state"])
-    except (ValueError, KeyError, TypeError) as error:
+    """The newest sound checkpoint and the run's state there; None where there is none. Collective.
+
+    Damaged ones that are newer lose their names, and are otherwise left as they are.
+
+    Raises:
+        ValueError: all that there are are damaged.
+    """
+    damaged: dict[Path, str] = {}
+    paths, aside = _on_main(lambda: _survey(directory))
+    for path in reversed(paths):
+        marker, trouble = _look_at(path)
+        if marker and not trouble:
+            _on_main(lambda: [files.set_aside(one) for one in damaged])
+            return path, RunState(**marker.state)
+        damaged[path] = trouble
+        if dist.get_rank() == 0:
+            logger.error("checkpoint %s is damaged: %s; trying the one before", path, trouble)
+    if damaged or aside:
+        found = [f"{path}: {trouble}" for path, trouble in damaged.items()] + [*map(str, aside)]
         raise ValueError(
-            f"{marker}: damaged, or of another version of this program ({error}); "
-            "remove this checkpoint, or begin in another run_dir"
-        ) from error
+            "all checkpoints of this run are damaged; restore one of them from a copy, or move "
+            "them away to begin from the start, or begin in another run_dir:\n  "
+            + "\n  ".join(found)
+        )
+    return None
 
 
 def load(path: Path, policy: Policy) -> None:
     """Restore the policy's weights and its optimizer; collective."""
-    _create_adam_state(policy)
-    wanted = _sharded_state(policy, is_loading=True)
-    loaded = dist_checkpointing.load(wanted, str(path))
-    for name, chunk in _chunks(policy).items():
-        chunk.load_state_dict(loaded[name])
-    hooks = [
-        optimizer.register_load_state_dict_post_hook(_steps_to_numbers)
-        for optimizer in torch_optimizers(policy.optimizer)
-    ]
-    policy.optimizer.load_state_dict(loaded["optimizer"])
-    for hook in hooks:
-        hook.remove()
-    _separate_adam_steps(policy)
+    wanted = training_state.sharded(policy, is_loading=True)
+    training_state.restore(policy, dist_checkpointing.load(wanted, str(path)))
 
 
-def _complete(directory: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    found = [marker.parent for marker in directory.glob(f"rollout_*/{RUN_STATE}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("rollout_")))
+def _complete(
+    policy: Policy,
+    state: RunState,
+    plan: shards.Plan,
+    written: list[shards.Written],
+    path: Path,
+    add: Callable[[Path], None],
+) -> None:
+    """Write what rank 0 writes, the marker last, unless a rank could not write its part."""
+    if errors := [one.error for one in written if one.error]:
+        raise CheckpointError("; ".join(errors))
+    shards.write_index(plan, path, written)
+    _add_model_files(path, Path(policy.config.model.path))
+    add(path)
+    known = {name: file for one in written for name, file in one.files.items()}
+    content = {"state": asdict(state), "parallel": asdict(policy.config.parallel)}
+    files.write_marker(path, content, files.describe_all(path, known))
+
+
+def _tidy(directory: Path, state: RunState, keep: int) -> None:
+    """Link to the best checkpoint, and remove what is not to be kept; nothing depends on it."""
+    newest, best = (files.path_of(directory, n) for n in (state.rollout, state.best_rollout))
+    try:
+        files.link_best(directory, state.best_rollout)
+        files.prune(directory, keep, newest, best)
+    except OSError as error:
+        logger.error("%s: %s; older checkpoints stay, and take room", directory, error)
+
+
+def _give_up(path: Path, why: str) -> str:
+    """Remove what there is of a checkpoint; what went wrong and what to do, in words."""
+    directories = (path.parent, *path.absolute().parents)
+    free = shutil.disk_usage(next(p for p in directories if p.is_dir())).free
+    shutil.rmtree(files.named(path, files.PARTIAL), ignore_errors=True)
+    useless = ", ".join(p.name for p in files.leftovers(path.parent))
+    return (
+        f"{path} was not saved: {why} ({free} bytes were free). Earlier checkpoints are as they "
+        f"were. Make room{f' ({useless} can go)' if useless else ''} or lower checkpoint.keep"
+    )
+
+
+def _survey(directory: Path) -> tuple[list[Path], list[Path]]:
+    """The complete checkpoints, oldest first, and the damaged ones that were set aside."""
+    files.finish_interrupted(directory)
+    aside = [p for p in files.leftovers(directory) if p.suffix == files.DAMAGED]
+    return files.complete(directory), aside
+
+
+def _look_at(path: Path) -> tuple[Marker | None, str]:
+    """A checkpoint's marker, and what is wrong with its files; the ranks share these out."""
+    marker, trouble = _on_main(lambda: _read_marker(path))
+    if marker is None:
+        return None, trouble
+    if marker.files is None:
+        if dist.get_rank() == 0:
+            logger.warning("%s is of before checkpoints listed their files: not checked", path)
+        return marker, ""
+    by_size = sorted(marker.files, key=lambda name: (-marker.files[name].bytes, name))
+    mine = by_size[dist.get_rank() :: dist.get_world_size()]
+    troubles = [files.trouble(path, name, marker.files[name]) for name in mine]
+    found: list[list[str | None]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(found, troubles)
+    return marker, "; ".join(sorted(text for texts in found for text in texts if text))
+
+
+def _read_marker(path: Path) -> tuple[Marker | None, str]:
+    try:
+        marker = files.read_marker(path)
+        RunState(**marker.state)
+        return marker, ""
+    except ValueError as error:
+        return None, str(error)
+    except TypeError as error:
+        return None, f"{RUN_STATE} is of another version of this program ({error})"
+
+
+def _on_main(function: Callable[[], Any]) -> Any:
+    """What rank 0 gets from a function, on every rank; collective.
+
+    Raises:
+        CheckpointError: it failed there; raised on all ranks.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = function()
+        except OSError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise CheckpointError(outcome[1])
+    return outcome[0]
+
+
+def _to_main(value: Any) -> list[Any]:
+    """Every rank's value, on rank 0; collective."""
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, gathered)
+    return gathered or []
 
 
 def _add_model_files(path: Path, source: Path) -> None:
     """Configuration and tokenizer, so that a checkpoint can be converted by itself."""
     (path / HF_FILES).mkdir()
     carry_over(source, path / HF_FILES)
-
-
-def _sharded_state(policy: Policy, is_loading: bool = False) -> dict[str, Any]:
-    model = {name: chunk.sharded_state_dict() for name, chunk in _chunks(policy).items()}
-    optimizer = policy.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA)
-    return {**model, "optimizer": optimizer}
-
-
-def _chunks(policy: Policy) -> dict[str, GPTModel]:
-    """The model's chunks by a name of their own; in the files only parameters have names."""
-    return {f"model{number}": chunk for number, chunk in enumerate(policy.chunks)}
-
-
-def _create_adam_state(policy: Policy) -> None:
-    """A fresh torch Adam has no moments yet, so that there would be nothing to load them into."""
-    for optimizer in torch_optimizers(policy.optimizer):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if not optimizer.state[parameter]:
-                    optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-
-
-def _steps_to_numbers(optimizer: torch.optim.Optimizer) -> None:
-    """Hide torch Adam's tensor `step` from Megatron, which would look for it in every parameter's
-    file and not find it; it comes with the parameter groups.
-    """
-    for state in optimizer.state.values():
-        state["step"] = float(state["step"])
-
-
-def _separate_adam_steps(policy: Policy) -> None:
-    """Give each parameter a `step` tensor of its own, as torch's Adam counts it up in place.
-
-    Megatron shares one among all of them; the resumed run would silently diverge.
-    """
-    for optimizer in torch_optimizers(policy.optimizer):
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(state["step"]))

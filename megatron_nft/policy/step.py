@@ -53,6 +53,7 @@ class Policy:
 
     Args:
         fill: gives the chunks, which come without weights, their first ones.
+        on_progress: called at every forward step of a micro-batch.
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class Policy:
         config: Config,
         hf_config: PretrainedConfig,
         fill: Callable[[Seq[GPTModel]], None],
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
         self.config, self.hf_config = config, hf_config
+        self._on_progress = on_progress
         model_config = transformer_config(hf_config, config)
         self.chunks = build_model(hf_config, model_config, uses_transformer_engine(config.model))
         fill(self.chunks)
@@ -117,10 +120,12 @@ class Policy:
         for chunk in self.ddp_chunks:
             chunk.offload_grad_buffers()
         self.optimizer.offload_to_cpu()
-        yield
-        restore(self.optimizer)
-        for chunk in self.ddp_chunks:
-            chunk.restore_grad_buffers()
+        try:
+            yield
+        finally:
+            restore(self.optimizer)
+            for chunk in self.ddp_chunks:
+                chunk.restore_grad_buffers()
 
     def _step(self, loss: float, lr: float) -> float:
         """Clip and apply the gradient, unless it or the loss is not finite.
@@ -200,6 +205,7 @@ class Policy:
         self, temperature: float, data: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, partial[Any]]:
         """Megatron's forward-step contract: the output tensor and the function of its loss."""
+        self._on_progress()
         batch = next(data)
         output = model(
             batch.tokens,

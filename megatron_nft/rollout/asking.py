@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron_nft.rollout.client import Answer, Params, ServerError
@@ -35,6 +35,8 @@ class Asking:
         enough: how many of the questions are to be answered; the others are cut off then.
         num_at_once: questions a server.
         counts: `questions_asked_again` is kept up in it.
+        tell: called with a question's number and answers once they are there, in a thread of its
+            own; a question that is cut off then may be among them.
     """
 
     def __init__(
@@ -44,8 +46,10 @@ class Asking:
         enough: int,
         num_at_once: int,
         counts: Counter[str],
+        tell: Callable[[int, list[Answer]], None],
     ) -> None:
         self._fleet, self._questions, self._counts = fleet, questions, counts
+        self._tell = tell
         self._enough, self._num_at_once = enough, num_at_once
         self._waiting = deque(questions)
         self._running: dict[asyncio.Task[list[Answer]], tuple[int, Member]] = {}
@@ -99,7 +103,9 @@ class Asking:
                 raise ServerError("it was told to abort")
             if choice.finish_reason not in ("stop", "length"):  # would pass for a wrong answer
                 raise RuntimeError(f"{member} ended an answer with {choice.finish_reason!r}")
-        return sorted(choices, key=lambda choice: choice.index)
+        answers = sorted(choices, key=lambda choice: choice.index)
+        await asyncio.to_thread(self._tell, number, answers)
+        return answers
 
     async def _hear(self) -> None:
         if not self._running:

@@ -1,18 +1,19 @@
 """Dynamic sampling: ask, answer, judge, and keep mixed groups until the batch is full."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_nft.config import RolloutConfig
-from megatron_nft.rollout.engine import Answers, Engine, Sampling
-from megatron_nft.rollout.groups import Group, Problem, Verdict
+from megatron_nft.notice import Interrupted
+from megatron_nft.rollout.engine import Engine, Sampling
+from megatron_nft.rollout.groups import Group, Judgement, Problem, Response, Verdict
 from megatron_nft.rollout.questions import Experience, QuestionOrder
 from megatron_nft.rollout.tally import Tally
-from megatron_nft.verify.pool import Verifier
+from megatron_nft.verify.verifier import Question, Verifier
 
 MOST_ASKED = 3  # times the groups of a batch at once: the official code's fixed number
 
@@ -111,22 +112,46 @@ def ask(
 
     Every process gets all mixed groups then. Groups that nobody trains on stay where they were
     sampled; the tally counts them too.
+
+    Raises:
+        Interrupted: sampling was abandoned, by this process or another.
     """
-    answers = engine.generate(problems, expected, sampling)
-    tally, mixed = Tally(), []
-    if verifier:
-        before = Counter(verifier.counts)
-        for index, group in _judge(answers, problems, verifier):
-            tally.add(group)
-            if group.is_mixed:
-                mixed.append((index, _without_text(group)))
-        tally.failures = Counter(verifier.counts) - before
-    part = mixed, tally, [index for index, _ in answers]
-    parts: list[Any] = [part]
+    try:
+        part: Any = _sample_and_judge(engine, verifier, problems, expected, sampling)
+    except Interrupted:
+        part = None
+    parts = [part]
     if engine.is_collective:
         parts *= dist.get_world_size()
         dist.all_gather_object(parts, part)
+    if None in parts:
+        raise Interrupted
     return _together(parts, problems)
+
+
+def _sample_and_judge(
+    engine: Engine,
+    verifier: Verifier | None,
+    problems: Sequence[Problem],
+    expected: Sequence[float],
+    sampling: Sampling,
+) -> tuple[list[tuple[int, Group]], Tally, list[int]]:
+    """This process's mixed groups by the problems' indices, its tally, the answered problems."""
+    tally, mixed = Tally(), []
+    if verifier is None:
+        answers = engine.generate(problems, expected, sampling)
+        return mixed, tally, [index for index, _ in answers]
+    before = verifier.counts
+    judging = _Judging(verifier, problems)
+    answers = engine.generate(problems, expected, sampling, judging.hear)
+    for index, responses in answers:
+        group = judging.group(index, responses)
+        tally.add(group)
+        if group.is_mixed:
+            mixed.append((index, _without_text(group)))
+    tally.failures = verifier.counts - before
+    tally.unverifiable, verifier.examples = verifier.examples, []
+    return mixed, tally, [index for index, _ in answers]
 
 
 def _together(parts: Sequence[Any], problems: Sequence[Problem]) -> Asked:
@@ -145,22 +170,26 @@ def _without_text(group: Group) -> Group:
     return replace(group, responses=tuple(replace(r, text="") for r in group.responses))
 
 
-def _judge(
-    answers: Answers, problems: Sequence[Problem], verifier: Verifier
-) -> list[tuple[int, Group]]:
-    """Groups of judged responses; an answer that was cut off is wrong without a look at it."""
-    asked = [(r.text, problems[i].answer) for i, rs in answers for r in rs if r.finish == "stop"]
-    verdicts = iter(verifier.judge(asked))
-    return [
-        (
-            index,
-            Group(
-                problems[index],
-                tuple(
-                    replace(r, verdict=next(verdicts) if r.finish == "stop" else Verdict.WRONG)
-                    for r in responses
-                ),
-            ),
+class _Judging:
+    """The answers of one batch, judged while others are still being sampled."""
+
+    def __init__(self, verifier: Verifier, problems: Sequence[Problem]) -> None:
+        self._verifier, self._problems = verifier, problems
+        self._promised: dict[int, Future[list[Judgement]]] = {}
+
+    def hear(self, index: int, responses: tuple[Response, ...]) -> None:
+        """An answer that was cut off is wrong without a look at it."""
+        problem = self._problems[index]
+        questions = [
+            Question(r.text, problem.answer, problem.rule) for r in responses if r.finish == "stop"
+        ]
+        self._promised[index] = self._verifier.submit(questions)
+
+    def group(self, index: int, responses: tuple[Response, ...]) -> Group:
+        """A problem's responses with their verdicts; waits for them."""
+        verdicts = (judgement.verdict for judgement in self._promised.pop(index).result())
+        judged = tuple(
+            replace(r, verdict=next(verdicts) if r.finish == "stop" else Verdict.WRONG)
+            for r in responses
         )
-        for index, responses in answers
-    ]
+        return Group(self._problems[index], judged)

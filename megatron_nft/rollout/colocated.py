@@ -6,7 +6,7 @@ weights in place from an iterator of whole tensors under their Hugging Face name
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from tqdm import tqdm
 
 from megatron_nft.config import RolloutConfig
 from megatron_nft.policy import host
-from megatron_nft.rollout.engine import Answers, Digests, Sampling, sampling_params, stop_ids
+from megatron_nft.rollout.engine import (
+    Answers,
+    Digests,
+    Hear,
+    Sampling,
+    ignore,
+    sampling_params,
+    stop_ids,
+)
 from megatron_nft.rollout.groups import Problem, Response
 from megatron_nft.rollout.receiver import RECEIVER, precision
 
@@ -30,6 +38,7 @@ class ColocatedEngine:
     Args:
         path: the Hugging Face directory that the first weights and the architecture come from.
         max_tokens: prompt and response together.
+        on_progress: called after every step of the engine.
     """
 
     is_collective = True
@@ -42,7 +51,9 @@ class ColocatedEngine:
         dtype: str,
         max_tokens: int,
         seed: int,
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
+        self._on_progress = on_progress
         os.environ |= host.vllm_environment(rollout.cpu_kv_cache_gib)
         self._tokenizer = tokenizer
         self._llm = _start(
@@ -70,7 +81,11 @@ class ColocatedEngine:
         self.counts = Counter[str]()  # it ends with the process
 
     def generate(
-        self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling
+        self,
+        problems: Sequence[Problem],
+        expected: Sequence[float],
+        sampling: Sampling,
+        hear: Hear = ignore,
     ) -> Answers:
         """Answers to this engine's share of the problems.
 
@@ -79,12 +94,14 @@ class ColocatedEngine:
         mine = _share(expected, self.number, self.num_engines)
         params = {i: self._params(sampling, i, len(problems[i].prompt_tokens)) for i in mine}
         enough = ceil(sampling.finish_fraction * len(mine))
+        answers: Answers = []
         with host.suspended():
-            outputs = self._sample({i: problems[i].prompt_tokens for i in mine}, params, enough)
-        return [
-            (i, tuple(self._response(c, params[i].seed) for c in output.outputs))
-            for i, output in sorted(outputs.items())
-        ]
+            prompts = {i: problems[i].prompt_tokens for i in mine}
+            for i, output in self._sample(prompts, params, enough):
+                responses = tuple(self._response(c, params[i].seed) for c in output.outputs)
+                answers.append((i, responses))
+                hear(i, responses)
+        return sorted(answers, key=lambda answer: answer[0])
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int
@@ -158,25 +175,26 @@ class ColocatedEngine:
 
     def _sample(
         self, prompts: dict[int, np.ndarray], params: dict[int, Any], enough: int
-    ) -> dict[int, Any]:
-        """vLLM's outputs by the prompts' numbers; once `enough` are whole, the others are cut off.
+    ) -> Iterator[tuple[int, Any]]:
+        """vLLM's outputs and their prompts' numbers, as they end; after `enough` the rest is cut.
 
         LLM.generate does the same, but waits for all.
         """
         from vllm.inputs.engine import tokens_input
 
         assert not self._is_asleep, "its weights are gone: load_weights comes first"
-        engine, outputs = self._llm.llm_engine, {}
+        engine, unfinished = self._llm.llm_engine, set(prompts)
         for number, tokens in prompts.items():
             engine.add_request(str(number), tokens_input(tokens.tolist()), params[number])
         with _progress(len(prompts)) as bar:
-            while len(outputs) < enough:
+            while len(prompts) - len(unfinished) < enough:
                 finished = {int(o.request_id): o for o in engine.step() if o.finished}
-                outputs |= finished
+                unfinished -= finished.keys()
                 bar.update(len(finished))
-        engine.abort_request([str(number) for number in prompts.keys() - outputs.keys()])
+                self._on_progress()
+                yield from finished.items()
+        engine.abort_request([str(number) for number in unfinished])
         engine.output_processor.parent_requests.clear()  # vLLM keeps those of questions cut off
-        return outputs
 
     def _params(self, sampling: Sampling, number: int, num_prompt_tokens: int) -> Any:
         from vllm import SamplingParams

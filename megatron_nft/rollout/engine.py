@@ -1,7 +1,7 @@
 """What an engine is: it takes weights, shows that it holds them, and answers questions."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +25,11 @@ SHOWN = 3  # tensors in a message
 
 Answers = list[tuple[int, tuple[Response, ...]]]  # index of a problem, its K responses
 Digests = dict[str, str]  # by the tensors' Hugging Face names
+Hear = Callable[[int, tuple[Response, ...]], None]  # told a problem's answers once they are there
+
+
+def ignore(_number: int, _responses: tuple[Response, ...]) -> None:
+    """A Hear that can wait."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,17 @@ class Engine(Protocol):
     counts: Counter[str]  # of what went wrong and was made good, since the start
 
     def generate(
-        self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling
+        self,
+        problems: Sequence[Problem],
+        expected: Sequence[float],
+        sampling: Sampling,
+        hear: Hear = ignore,
     ) -> Answers:
         """Answers to the problems that this process is to ask, in the problems' order.
 
         `expected` is how many tokens each one's answers are likely to have: the longest are asked
-        first. Problems that were cut off are not among the answers.
+        first. Problems that were cut off are not among the answers. `hear` gets each problem's
+        answers while others are being sampled, in any order and maybe in another thread.
         """
 
     def load_weights(

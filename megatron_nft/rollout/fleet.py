@@ -130,8 +130,10 @@ class Member:
         await self.client.resume(timeout_s)
         self.version, self.is_paused = weights.version, False
 
-    async def until_lost(self, stall_timeout_s: float) -> None:
-        """Look at it as long as it lives."""
+    async def until_lost(
+        self, stall_timeout_s: float, on_progress: Callable[[], object] = lambda: None
+    ) -> None:
+        """Look at it as long as it lives, and tell of the tokens that it makes."""
         count, moved = -1.0, time.monotonic()
         while self.is_live:
             try:
@@ -142,6 +144,8 @@ class Member:
                 trouble = f"{self.num_questions} questions and no token"
             is_waiting = self.num_questions and not self.is_paused
             now = time.monotonic()
+            if found not in (None, count):
+                on_progress()
             if found is not None and (found != count or not is_waiting):
                 count, moved = found, now
             if self.process and self.process.has_ended:
@@ -194,6 +198,7 @@ class Fleet:
         tolerance: mean |Δlogp| of the probe between a server that is back and what it gave, or
             another one, by the same weights.
         counts: `engine_restarts`, how often a lost server came back, is kept up in it.
+        on_progress: called whenever a server is seen to have made tokens.
     """
 
     def __init__(
@@ -203,8 +208,10 @@ class Fleet:
         options: RolloutConfig,
         tolerance: float,
         counts: Counter[str],
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
         self.members, self.weights, self._counts = members, weights, counts
+        self._on_progress = on_progress
         self._first = weights.path
         self._tolerance = tolerance
         # of the newest weights: texts, and what a server gave to them
@@ -294,7 +301,7 @@ class Fleet:
 
     async def _watch(self, member: Member) -> None:
         while True:
-            await member.until_lost(self._stall_timeout_s)
+            await member.until_lost(self._stall_timeout_s, self._on_progress)
             await self._revive(member)
 
     async def _revive(self, member: Member) -> None:

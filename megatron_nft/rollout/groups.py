@@ -1,9 +1,12 @@
 """The records that flow through a training step: problems, responses, groups."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+
+from megatron_nft.config import RuleConfig
 
 
 class Verdict(enum.Enum):
@@ -12,6 +15,13 @@ class Verdict(enum.Enum):
     CORRECT = "correct"
     WRONG = "wrong"
     UNVERIFIABLE = "unverifiable"
+
+
+class Judgement(NamedTuple):
+    """A verdict, and why it is UNVERIFIABLE, for people."""
+
+    verdict: Verdict
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Problem:
     answer: str
     source: str
     solution_tokens: np.ndarray | None = None  # int32 [T], ends with the end-of-text token
+    rule: RuleConfig = field(default_factory=RuleConfig)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from megatron_nft.policy.packing import Sequence
 from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
 
 SCHEMA = pa.schema(
@@ -44,6 +45,11 @@ def read_groups(path: Path, problems: Mapping[str, Problem]) -> list[Group]:
         Group(problems[key[1]], tuple(map(_response, answers)))
         for key, answers in groupby(rows, key=lambda row: (row["group"], row["problem"]))
     ]
+
+
+def write_sequences(path: Path, sequences: Iterable[Sequence]) -> None:
+    """Write what a step was to train on as parquet, a row a sequence."""
+    pq.write_table(pa.Table.from_pylist([vars(s) for s in sequences]), path)
 
 
 def _row(number: int, problem: Problem, response: Response) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from math import ceil
 from pathlib import Path
@@ -32,7 +32,9 @@ from megatron_nft.rollout.client import Answer, Client
 from megatron_nft.rollout.engine import (
     Answers,
     Digests,
+    Hear,
     Sampling,
+    ignore,
     probe_limit,
     sampling_params,
     stop_ids,
@@ -55,6 +57,7 @@ class RemoteEngine:
         max_tokens: prompt and response together.
         run_dir: weights that go by files are in its `engine/weights`, the logs of servers that are
             started here in its `logs`.
+        on_progress: called, in another thread, whenever a server is seen to have made tokens.
 
     Raises:
         ValueError: too few GPUs for the servers, or a server given by address does not fit.
@@ -72,12 +75,13 @@ class RemoteEngine:
         max_tokens: int,
         seed: int,
         run_dir: Path,
+        on_progress: Callable[[], object] = lambda: None,
     ) -> None:
         self.version = -1
         self.counts = Counter(engine_restarts=0, questions_asked_again=0)
         self._path, self._tokenizer, self._rollout = path, tokenizer, rollout
         self._dtype, self._max_tokens, self._seed = dtype, max_tokens, seed
-        self._run_dir = run_dir.resolve()
+        self._run_dir, self._on_progress = run_dir.resolve(), on_progress
         self._device = host.device()  # of this thread; that of the servers' has another
         self._stop_ids = stop_ids(path, tokenizer)
         self._processes: list[ServerProcess] = []
@@ -95,7 +99,11 @@ class RemoteEngine:
             on_failure.pop_all()
 
     def generate(
-        self, problems: Sequence[Problem], expected: Sequence[float], sampling: Sampling
+        self,
+        problems: Sequence[Problem],
+        expected: Sequence[float],
+        sampling: Sampling,
+        hear: Hear = ignore,
     ) -> Answers:
         """See Engine; of process 0 alone, in any thread.
 
@@ -109,12 +117,15 @@ class RemoteEngine:
         # Twice what a server samples at once: a question's answers end at different times, and
         # the next one's begin in their places.
         num_at_once = ceil(2 * self._rollout.max_sequences / sampling.answers)
-        asking = Asking(self._fleet, questions, enough, num_at_once, self.counts)
-        answered = self._call(asking.run())
-        return [
-            (i, tuple(self._response(a, questions[i].params["seed"]) for a in answered[i]))
-            for i in sorted(answered)
-        ]
+        responses: dict[int, tuple[Response, ...]] = {}
+
+        def tell(number: int, answers: list[Answer]) -> None:
+            seed = questions[number].params["seed"]
+            responses[number] = tuple(self._response(a, seed) for a in answers)
+            hear(number, responses[number])
+
+        asking = Asking(self._fleet, questions, enough, num_at_once, self.counts, tell)
+        return [(i, responses[i]) for i in sorted(self._call(asking.run()))]
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int
@@ -174,7 +185,8 @@ class RemoteEngine:
             gpus = servers.shares_of_gpus(self._rollout, torch.cuda.device_count())
             members = [self._member(i, share) for i, share in enumerate(gpus)]
         limit = probe_limit(self._rollout, self._dtype)
-        self._fleet = Fleet(members, Weights(self._path), self._rollout, limit, self.counts)
+        first = Weights(self._path)
+        self._fleet = Fleet(members, first, self._rollout, limit, self.counts, self._on_progress)
         if self._rollout.servers:
             if not self._sends:
                 self._weights_directory.mkdir(parents=True, exist_ok=True)

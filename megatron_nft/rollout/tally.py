@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 from megatron_nft.rollout.groups import Group, Verdict
 
+MAX_EXAMPLES = 5
+
 
 @dataclass
 class Tally:
@@ -18,6 +20,7 @@ class Tally:
     num_tokens: int = 0
     num_groups: int = 0
     num_cut: int = 0  # questions whose answers were not waited for
+    unverifiable: list[str] = field(default_factory=list)  # a few of those answers, for people
 
     def add(self, group: Group) -> None:
         self.verdicts.update(r.verdict for r in group.responses)
@@ -37,6 +40,7 @@ class Tally:
         self.num_tokens += other.num_tokens
         self.num_groups += other.num_groups
         self.num_cut += other.num_cut
+        self.unverifiable = (self.unverifiable + other.unverifiable)[:MAX_EXAMPLES]
 
     @property
     def num_mixed(self) -> int:

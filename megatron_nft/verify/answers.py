@@ -1,10 +1,10 @@
-r"""Is this answer right? `extract` is cheap and runs in the caller, `equivalent` runs in a worker.
+r"""The default rule: is this answer equivalent to the known one, by mathematics?
 
-The rule is math-verify's (huggingface/Math-Verify 0.9.0): the last `\boxed{…}` of the answer, or
+It is math-verify's (huggingface/Math-Verify 0.9.0): the last `\boxed{…}` of the answer, or
 without a box what math-verify finds in the text, must be equivalent to the gold answer. Here:
 
 - math-verify's own time limits are off. They are SIGALRMs, which work in a main thread only, and
-  whoever calls `equivalent` on text it does not trust must own the deadline (`pool.Verifier`).
+  whoever calls `decide` on text it does not trust must own the deadline (`pool.Pool`).
 - math-verify turns its own failures into "different"; here a failure is UNVERIFIABLE. A gold
   answer that cannot be read is UNVERIFIABLE too, an answer that cannot be read is WRONG.
 - a text without a box is cut to its last `MAX_TAIL_CHARS` characters, as math-verify's patterns
@@ -23,10 +23,12 @@ from itertools import product
 from types import CodeType, ModuleType
 from typing import Any
 
-from megatron_nft.rollout.groups import Verdict
+from megatron_nft.rollout.groups import Judgement, Verdict
+from megatron_nft.verify.explosive import explosive
 
 MAX_TAIL_CHARS = 2000
 MAX_ANSWER_CHARS = 4000
+NOT_READ = "the known answer could not be read"
 MONITORING_TOOL_ID = 4  # one that CPython leaves to applications
 
 BOX_START = re.compile(r"\\boxed\s*\{")
@@ -38,9 +40,55 @@ BOXED_INTEGER = re.compile(r"\\boxed\{(-?[0-9]{1,100})\}")
 SCIENTIFIC = re.compile(r"(?:\\boxed\{)?\s*(-?[0-9]*\.?[0-9]+)[eE]([+-]?[0-9]+)\s*\}?")
 
 
+RIGHT, WRONG = Judgement(Verdict.CORRECT), Judgement(Verdict.WRONG)
+NO_GOLD = Judgement(Verdict.UNVERIFIABLE, "there is no known answer")
+MAX_GOLDS = 1024  # that a process keeps as it has read them
+
+
+class MathVerify:
+    """See rules.Rule."""
+
+    def extract(self, text: str) -> str | None:
+        return extract(text)
+
+    def decide_at_once(self, extracted: str | None, gold: str) -> Judgement | None:
+        """Plain integers are most of the training data.
+
+        math-verify parses both to sympy Integers and compares those, so comparing them here is the
+        same and costs a thousandth.
+        """
+        if not gold.strip():
+            return NO_GOLD
+        if extracted is None:
+            return WRONG
+        if trouble := _untried(extracted) or _untried(gold):
+            return Judgement(Verdict.UNVERIFIABLE, trouble)
+        answer_integer = BOXED_INTEGER.fullmatch(extracted)
+        gold_integer = INTEGER.fullmatch(gold.strip())
+        if answer_integer and gold_integer:
+            return RIGHT if int(answer_integer.group(1)) == int(gold_integer.group()) else WRONG
+        return None
+
+    def decide(self, extracted: str | None, gold: str) -> Judgement:
+        return self.decide_at_once(extracted, gold) or _decide_parsed(extracted, gold)
+
+    def read(self, gold: str) -> Judgement:
+        """A mere string equals itself and nothing differs from it: no question to train on."""
+        if not gold.strip():
+            return NO_GOLD
+        if trouble := _untried(gold):
+            return Judgement(Verdict.UNVERIFIABLE, trouble)
+        if INTEGER.fullmatch(gold.strip()):
+            return RIGHT
+        golds = _golds(gold)
+        if not isinstance(golds, str) and _is_read(golds):
+            return RIGHT
+        return Judgement(Verdict.UNVERIFIABLE, golds if isinstance(golds, str) else NOT_READ)
+
+
 def judge(text: str, gold: str) -> Verdict:
     """The verdict on one answer, in this process and without a deadline."""
-    return equivalent(extract(text), gold)
+    return MathVerify().decide(extract(text), gold).verdict
 
 
 def extract(text: str) -> str | None:
@@ -70,59 +118,51 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def equivalent(extracted: str | None, gold: str) -> Verdict:
-    """The verdict on what `extract` returned. May run for hours or exhaust the memory."""
-    return decide_unparsed(extracted, gold) or _decide_parsed(extracted, gold)
+def _untried(text: str) -> str:
+    """Why nobody should try to parse it; empty where one may."""
+    if len(text) > MAX_ANSWER_CHARS:
+        return f"{len(text)} characters"
+    return explosive(text)
 
 
-def decide_unparsed(extracted: str | None, gold: str) -> Verdict | None:
-    """The verdict where it takes no parsing, in about a microsecond; else None.
-
-    Plain integers are most of the training data. math-verify parses both to sympy Integers and
-    compares those, so comparing them here is the same and costs a thousandth.
-    """
-    if not gold.strip():
-        return Verdict.UNVERIFIABLE
-    if extracted is None:
-        return Verdict.WRONG
-    if max(len(extracted), len(gold)) > MAX_ANSWER_CHARS:
-        return Verdict.UNVERIFIABLE
-    answer_integer = BOXED_INTEGER.fullmatch(extracted)
-    gold_integer = INTEGER.fullmatch(gold.strip())
-    if answer_integer and gold_integer:
-        same = int(answer_integer.group(1)) == int(gold_integer.group())
-        return Verdict.CORRECT if same else Verdict.WRONG
-    return None
-
-
-def _decide_parsed(extracted: str, gold: str) -> Verdict:
-    num_before = num_exhausted()
-    golds = _tried(lambda: _readings(_gold_text(gold)))
-    answers = _tried(lambda: _readings(extracted))
-    if golds is None or answers is None:
-        return Verdict.UNVERIFIABLE
-    outcomes = set()
+def _decide_parsed(extracted: str, gold: str) -> Judgement:
+    golds, answers = _golds(gold), _tried(lambda: _readings(extracted))
+    if trouble := next((found for found in (golds, answers) if isinstance(found, str)), ""):
+        return Judgement(Verdict.UNVERIFIABLE, trouble)
+    failure = ""
     for pair in product(golds, answers):
-        outcomes.add(_tried(partial(_equal, *pair)))
-        if True in outcomes:
-            return Verdict.CORRECT
-    if None in outcomes:  # a pair that could not be compared may have been equal
-        return Verdict.UNVERIFIABLE
-    gold_was_read = any(not isinstance(reading, str) for reading in golds)
-    if gold_was_read and num_exhausted() == num_before:
-        return Verdict.WRONG
-    return Verdict.UNVERIFIABLE
+        found = _tried(partial(_equal, *pair))
+        if found is True:
+            return RIGHT
+        failure = failure or (found if isinstance(found, str) else "")
+    if failure:  # a pair that could not be compared may have been equal
+        return Judgement(Verdict.UNVERIFIABLE, failure)
+    return WRONG if _is_read(golds) else Judgement(Verdict.UNVERIFIABLE, NOT_READ)
+
+
+@functools.lru_cache(MAX_GOLDS)
+def _golds(gold: str) -> list[Any] | str:
+    return _tried(lambda: _readings(_gold_text(gold)))
+
+
+def _is_read(golds: list[Any]) -> bool:
+    return any(not isinstance(reading, str) for reading in golds)
 
 
 def _tried(ask: Callable[[], Any]) -> Any:
-    """What math-verify says, or None where it raised: it could not tell, and that is no "wrong".
+    """What math-verify says; a str, what went wrong: it could not tell then, which is no "wrong".
 
-    sympy and its LaTeX parser raise any type on text that they do not understand.
+    sympy and its LaTeX parser raise any type on text that they do not understand, and what ran out
+    of memory or stack may have been swallowed on the way to a "different".
     """
+    num_before = num_exhausted()
     try:
-        return ask()
-    except Exception:  # noqa: BLE001 - see above
-        return None
+        found = ask()
+    except Exception as error:  # noqa: BLE001 - see above
+        return f"math-verify raised {type(error).__name__}"
+    if found is not True and num_exhausted() > num_before:
+        return f"{_exhausted[-1]} in math-verify"
+    return found
 
 
 def _equal(gold: Any, answer: Any) -> bool:

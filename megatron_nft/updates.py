@@ -1,0 +1,60 @@
+"""Optimizer steps that may go wrong: one whose loss or gradient is not finite is left out.
+
+Its batch is written out, to be looked at; too many in a row end the run.
+"""
+
+import logging
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+from megatron_nft.policy.packing import Sequence
+from megatron_nft.policy.step import Policy
+from megatron_nft.rollout.records import write_sequences
+
+logger = logging.getLogger("megatron_nft")
+
+
+class Updates:
+    """Steps of a policy, on every rank alike.
+
+    Args:
+        directory: where batches of steps that were left out go; None on ranks that write nothing.
+        most_in_a_row: so many steps may be left out one after the other.
+    """
+
+    def __init__(self, policy: Policy, directory: Path | None, most_in_a_row: int) -> None:
+        self._policy, self._directory, self._most = policy, directory, most_in_a_row
+        self.num_skipped = 0  # since this process started
+        self._num_in_a_row = 0
+
+    def step(self, number: int, minibatch: Seq[Sequence], lr: float) -> dict[str, Any] | None:
+        """What Policy.update measured; None where the step was left out, and nothing changed.
+
+        Raises:
+            FloatingPointError: one too many in a row; it names the files.
+        """
+        try:
+            measured = self._policy.update(minibatch, lr)
+        except FloatingPointError as error:
+            self._skip(number, minibatch, error)
+            return None
+        self._num_in_a_row = 0
+        return measured
+
+    def _skip(self, number: int, minibatch: Seq[Sequence], error: FloatingPointError) -> None:
+        self.num_skipped += 1
+        self._num_in_a_row += 1
+        where = "rank 0 has written its batch"
+        if self._directory:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            path = self._directory / f"step_{number}.parquet"
+            write_sequences(path, minibatch)
+            where = f"its batch is in {path}"
+            logger.error("step %d was left out: %s; %s", number, error, where)
+        if self._num_in_a_row > self._most:
+            raise FloatingPointError(
+                f"{self._num_in_a_row} steps in a row were not finite, "
+                f"optimizer.max_skipped_steps is {self._most}; the last, step {number}: {error}; "
+                f"{where}"
+            ) from error
