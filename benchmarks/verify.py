@@ -5,8 +5,8 @@
 
 The serial loop is math-verify as its README has it, with its own limit of 5 s; the pool is the same
 in a ProcessPoolExecutor, as its limit is an alarm that wants a main thread. Clean answers are made
-so that their verdicts are known, are all different, and all need parsing (plain integers, which
-most training data has, cost ours microseconds; a row of their own shows it). Hostile ones are what
+so that their verdicts are known, and are all different: plain integers, which most training data
+has and which cost ours microseconds, and expressions, which all need parsing. Hostile ones are what
 a policy may write by accident: most are known by their looks, one in eight costs ours its deadline.
 Wrong: a clean answer with the other verdict, or a hostile one that is right. Lost: a clean answer
 without a verdict. Start-up is left out. Medians of the turns; ratios are of seconds.
@@ -24,6 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 from megatron_nft.config import VerifyConfig
 from megatron_nft.rollout.groups import Verdict
@@ -77,6 +78,9 @@ def expression(rng: random.Random) -> Answer:
 def integer(rng: random.Random) -> Answer:
     a, is_right = rng.randint(-(10**9), 10**9), rng.random() < 0.5
     return Answer(rf"Therefore \boxed{{{a + 1 - is_right}}}.", str(a), is_right)
+
+
+KINDS = {"plain integers": integer, "expressions": expression}
 
 
 def answers(num: int, share: float, make: Callable[[random.Random], Answer]) -> list[Answer]:
@@ -180,11 +184,8 @@ def main() -> None:
         }
         for judge in judges.values():
             judge(answers(8 * args.workers, 0.0, expression))  # imports
-        cases = [("plain integers", 0.0, integer)]
-        cases += [
-            (f"expressions, {share:.0%} hostile", share, expression) for share in args.hostile
-        ]
-        for name, share, make in cases:
+        for (what, make), share in product(KINDS.items(), args.hostile):
+            name = f"{what}, {share:.0%} hostile"
             asked = answers(args.answers, share, make)
             turns = 1 if share else args.turns
             found = {who: [outcome(judge, asked)] for who, judge in judges.items()}
@@ -192,9 +193,8 @@ def main() -> None:
                 for who, judge in judges.items():
                     found[who].append(outcome(judge, asked))
             ratio = report(name, found, args.answers)
-            if make is expression:
-                least = LEAST_HOSTILE if share else LEAST_CLEAN
-                goals.append(goal(name, ratio, least, found[OURS]))
+            least = LEAST_HOSTILE if share else LEAST_CLEAN
+            goals.append(goal(name, ratio, least, found[OURS]))
     print("\n" + "\n".join(goals))
 
 
