@@ -14,6 +14,7 @@ import numpy as np
 from megatron_nft.config import DriftConfig
 from megatron_nft.policy.packing import Sequence
 from megatron_nft.policy.step import Policy
+from megatron_nft.rollout.groups import Response
 
 RATIO_LOW, RATIO_HIGH = 0.9, 1.1
 MAX_DELTA = 20.0  # beyond it exp(Δ) says nothing that the largest |Δ| does not
@@ -50,6 +51,13 @@ def importance(delta: np.ndarray, cap: float) -> np.ndarray:
     RL framework secretly brings you off-policy RL training".
     """
     return np.minimum(np.exp(delta.clip(max=MAX_DELTA)), cap).astype(np.float32)
+
+
+def of_answers(policy: Policy, answers: Seq[tuple[np.ndarray, Response]]) -> dict[str, float]:
+    """The drift that answers of the newest weights show, each with its prompt; collective."""
+    sequences = [Sequence(p, r.tokens, r.logp, r.logp, False, 0.0) for p, r in answers]
+    logp = policy.logp(sequences)
+    return drift([ours - s.logp for ours, s in zip(logp, sequences, strict=True)])
 
 
 def of_update(

@@ -2,16 +2,14 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -24,15 +22,16 @@ from megatron_nft.evaluate import evaluate
 from megatron_nft.export_check import check_export
 from megatron_nft.metrics import MetricsLog, PhaseTimer
 from megatron_nft.notice import REQUEUE, Interrupted, Notice
-from megatron_nft.policy import checkpoint, host, packing
+from megatron_nft.policy import checkpoint, host
 from megatron_nft.policy.checkpoint import RunState
 from megatron_nft.policy.step import Policy
+from megatron_nft.ranks import Ranks, any_of, sharers
 from megatron_nft.rollout import saving
 from megatron_nft.rollout.ahead import Ahead
 from megatron_nft.rollout.collect import Asked, Batch, Collector, ask
 from megatron_nft.rollout.colocated import ColocatedEngine
 from megatron_nft.rollout.engine import Engine, Sampling
-from megatron_nft.rollout.groups import Group, Problem, Response, Verdict
+from megatron_nft.rollout.groups import Problem, solved
 from megatron_nft.rollout.handover import hand_over
 from megatron_nft.rollout.questions import QuestionOrder
 from megatron_nft.rollout.records import write_groups
@@ -43,7 +42,6 @@ from megatron_nft.updates import Updates
 from megatron_nft.verify.verifier import Verifier
 from megatron_nft.watchdog import Watchdog
 
-PATIENCE = timedelta(days=7)  # with what other ranks wait for while they have nothing to do
 DRIFT_QUESTIONS, DRIFT_TOKENS = 16, 64  # of which drift is measured where nothing else shows it
 
 logger = logging.getLogger("megatron_nft")
@@ -60,13 +58,11 @@ class Run(ExitStack):
         logs, timeout_s = self.directory / "logs", config.watchdog.timeout_s
         self.watchdog = self.enter_context(Watchdog(logs, timeout_s, dist.get_rank()))
         self.timer = PhaseTimer(self.watchdog.enter)
-        self.is_main = dist.get_rank() == 0
-        self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self._sharers = _engine_group(config.rollout.tensor)
+        self.ranks, self._sharers = Ranks(), sharers(config.rollout.tensor)
         path = Path(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.verifier = self._start_verifier()
-        sources = Sources(config, self.tokenizer, self.verifier, self._on_main)
+        sources = Sources(config, self.tokenizer, self.verifier, self.ranks.on_main)
         self.problems = sources.training()
         self.order = QuestionOrder(self.problems, config.seed)
         self.collector = Collector(self.order, config.rollout)
@@ -76,7 +72,7 @@ class Run(ExitStack):
         self.watchdog.enter("model")
         self.policy = Policy(config, hf_config, fill, self.watchdog.beat)
         checkpoint.check(self.policy)
-        skipped = self.directory / "skipped" if self.is_main else None
+        skipped = self.directory / "skipped" if self.ranks.is_main else None
         self.updates = Updates(self.policy, skipped, config.optimizer.max_skipped_steps)
         self.ahead = Ahead(self._batch)
         self.callback(self.ahead.close)
@@ -109,7 +105,7 @@ class Run(ExitStack):
     def collect(self) -> Batch:
         """The groups of one rollout: sampled, judged and counted, or the data's solutions."""
         if not self.samples:
-            groups = [_solution(p) for p in self.order.take(self.config.rollout.questions)]
+            groups = [solved(p) for p in self.order.take(self.config.rollout.questions)]
             return Batch(groups, None)
         batch = self._collect_here() if self.engine.is_collective else self._collect_ahead()
         rate = batch.tally.metrics().get("unverifiable_rate", 0.0)
@@ -138,15 +134,15 @@ class Run(ExitStack):
         trains on was sampled by the weights of `max_steps_off_policy` rollouts before, exactly.
         """
         rollout, options = self.state.rollout, self.config.rollout
-        if options.in_flight_updates or not self._on_main(lambda: rollout in self.ahead):
+        if options.in_flight_updates or not self.ranks.on_main(lambda: rollout in self.ahead):
             self.hand_over_weights()
         with self.timer.phase("rollout"):
-            batch = self._on_main(lambda: self.ahead.take(rollout))
+            batch = self.ranks.on_main(lambda: self.ahead.take(rollout))
         last = min(rollout + options.max_steps_off_policy, self.config.rollouts - 1)
         if rollout < last:
             self.hand_over_weights()
         for later in range(rollout + 1, last + 1):
-            if self.is_main:
+            if self.ranks.is_main:
                 self.ahead.start(later)
         return batch
 
@@ -206,7 +202,7 @@ class Run(ExitStack):
         )
         self.callback(engine.close)
         self.callback(self.ahead.cancel)  # before the engine closes: else the next batch begins
-        self._on_main(lambda: None)  # who has no servers to start waits here
+        self.ranks.on_main(lambda: None)  # who has no servers to start waits here
         engine.sleep()  # until it is given weights
         return engine
 
@@ -246,43 +242,21 @@ class Run(ExitStack):
         )
         expected = [1.0] * len(problems)
         asked = partial(self.engine.generate, problems, expected, sampling)
-        answers = [(problems[i].prompt_tokens, r) for i, (r,) in self._on_main(asked)]
-        logp = self.policy.logp(
-            [packing.Sequence(p, r.tokens, r.logp, r.logp, False, 0.0) for p, r in answers]
-        )
-        found = old_logp.drift([ours - r.logp for ours, (_, r) in zip(logp, answers, strict=True)])
+        answers = [(problems[i].prompt_tokens, r) for i, (r,) in self.ranks.on_main(asked)]
+        found = old_logp.of_answers(self.policy, answers)
         old_logp.act_on(found, self.config.drift)
         return found
 
-    def _on_main(self, function: Callable[[], Any]) -> Any:
-        """What rank 0 gets from a function, on every rank; errors there are raised on all.
-
-        The others wait however long that takes: sampling may well take longer than a collective.
-        """
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.is_main:
-            try:
-                outcome[0] = function()
-            except (RuntimeError, ValueError, OSError) as error:
-                failure, outcome[1] = error, str(error)
-        dist.broadcast_object_list(outcome, src=0, group=self._patient)
-        if failure:
-            raise failure
-        if outcome[1] is not None:
-            raise RuntimeError(outcome[1])
-        return outcome[0]
-
     def _settle(self) -> None:
         """Wait until nothing is sampled ahead; collective."""
-        self._on_main(lambda: len(self.ahead.settle()))
+        self.ranks.on_main(lambda: len(self.ahead.settle()))
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on the held-out sets, by the newest weights; collective."""
         self._settle()
         evaluated = partial(evaluate, self.engine, self.verifier, self.eval_sets, self.config)
         with self._sampling(), self.timer.phase("evaluate"):
-            metrics = evaluated() if self.engine.is_collective else self._on_main(evaluated)
+            metrics = evaluated() if self.engine.is_collective else self.ranks.on_main(evaluated)
         for key, value in metrics.items():
             if key.endswith("/unverifiable_rate"):
                 self._check_verifier(key, value)
@@ -292,13 +266,13 @@ class Run(ExitStack):
 
     def is_noticed(self) -> bool:
         """Whether any rank was told that the time is up; collective."""
-        return _on_any(self._notice.has_come, self._patient)
+        return self.ranks.any(self._notice.has_come)
 
     def save_for_later(self) -> None:
         """Leave a checkpoint of where the run stands, unless there is one; collective."""
         if self.state.rollout not in (0, self._saved_rollout):
             self.save({})
-        if self.is_main:
+        if self.ranks.is_main:
             logger.warning(
                 "told to stop after %d rollouts; start it again by the same command (exit code %d)",
                 self._saved_rollout,
@@ -319,7 +293,7 @@ class Run(ExitStack):
         if not self._is_abandonable:
             return
         noticed = self._notice.has_come
-        if _on_any(noticed, self._sharers) if self._sharers else noticed:
+        if any_of(self._sharers, noticed) if self._sharers else noticed:
             raise Interrupted
 
     # directory
@@ -336,9 +310,9 @@ class Run(ExitStack):
         if self.samples:
             problems = {problem.id: problem for problem in self.problems}
             ahead = saving.load(path, self.collector, problems)
-            for rollout, batch in ahead.items() if self.is_main else ():
+            for rollout, batch in ahead.items() if self.ranks.is_main else ():
                 self.ahead.put(rollout, batch)
-        if self.is_main:
+        if self.ranks.is_main:
             logger.warning("resuming from %s", path)
         return state
 
@@ -349,11 +323,11 @@ class Run(ExitStack):
             initial=self.state.rollout,
             desc=self.config.objective.name,
             unit="rollout",
-            disable=not self.is_main,
+            disable=not self.ranks.is_main,
             dynamic_ncols=True,
         )
         self.callback(self._bar.close)
-        if self.is_main:
+        if self.ranks.is_main:
             self.directory.mkdir(parents=True, exist_ok=True)
             recipe.save(self.config, self.directory / "config.yaml")
             last = self.state.step if self.state.rollout else -1
@@ -363,7 +337,7 @@ class Run(ExitStack):
     def keep_answers(self, batch: Batch) -> None:
         """Write what a rollout trains on, where the recipe asks for it."""
         every, rollout = self.config.logging.answers_every, self.state.rollout + 1
-        if self.is_main and every and rollout % every == 0:
+        if self.ranks.is_main and every and rollout % every == 0:
             folder = self.directory / "rollouts"
             folder.mkdir(exist_ok=True)
             write_groups(folder / f"rollout_{rollout}.parquet", batch.groups)
@@ -408,7 +382,7 @@ class Run(ExitStack):
             self.state, self._saved_rollout = state, state.rollout
         except checkpoint.CheckpointError as error:
             self.checkpoints_failed += 1
-            if self.is_main:
+            if self.ranks.is_main:
                 logger.error("%s; the run goes on", error)
 
     def export(self) -> None:
@@ -418,31 +392,8 @@ class Run(ExitStack):
         megatron_to_hf.export(self.policy.chunks, self.policy.hf_config, source, out)
         if self.config.checkpoint.check_export:
             largest = check_export(self.policy, out, self.problems)
-            if self.is_main:
+            if self.ranks.is_main:
                 tqdm.write(f"transformers agrees with the policy: max |Δlogp| {largest:.1e}")
-
-
-def _engine_group(num_ranks: int) -> dist.ProcessGroup | None:
-    """This rank's and those that share an engine with it; None where none does. Collective."""
-    if num_ranks == 1:
-        return None
-    firsts = range(0, dist.get_world_size(), num_ranks)
-    groups = [dist.new_group(range(i, i + num_ranks), backend="gloo") for i in firsts]
-    return groups[dist.get_rank() // num_ranks]
-
-
-def _on_any(value: bool, group: dist.ProcessGroup) -> bool:
-    found = torch.tensor(int(value))
-    dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-    return bool(found)
-
-
-def _solution(problem: Problem) -> Group:
-    """The data's worked solution, as a group of one right answer."""
-    tokens = problem.solution_tokens
-    blank = np.zeros(len(tokens), np.float32)
-    answer = Response(tokens, blank, "stop", text="", seed=0, version=0, verdict=Verdict.CORRECT)
-    return Group(problem, (answer,))
 
 
 def _mix(*numbers: int) -> int:

@@ -41,6 +41,8 @@ def verdict(rule: RuleConfig, text: str, gold: str) -> Verdict:
         (r"\boxed{1,234{,}567}", "1234567", CORRECT),
         (r"\boxed{\left( 3, 4 \right)}", "(3,4)", CORRECT),
         (r"\boxed{90^\circ}", "90", CORRECT),
+        (r"\boxed{50\%}", "50%", CORRECT),
+        (r"\boxed{50\%}", "50", WRONG),
         (r"\boxed{1} \boxed{2}", "1", WRONG),
         (r"\boxed{5}" + "x" * 40, "5", WRONG),
         (r"\boxed{" + "5" * 40 + "}", "5" * 40, WRONG),  # begins before the last 40 characters
@@ -99,7 +101,7 @@ def test_numbers_are_read_exactly(text: str, value: Fraction | None) -> None:
 
 
 def test_normalising_twice_changes_nothing() -> None:
-    for answer in (r"\text{a \textbf{b}} ", r"\dfrac12 \%", r"1{,}000.", r"\left[ 1,\! 2 \right)"):
+    for answer in (r"\text{a \textbf{b}} ", r"\dfrac12 \% ", r"1{,}000.", r"\left[ 1,\! 2 \right)"):
         once = normalised(answer)
         assert normalised(once) == once
         assert " " not in once

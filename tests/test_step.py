@@ -5,11 +5,12 @@ steps of this file, and the tests compare what came back.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from policies import (
@@ -29,6 +30,7 @@ from toys import random_sequences, save_qwen2, weighted
 from megatron_nft.config import MemoryConfig, ObjectiveConfig, ParallelConfig
 from megatron_nft.policy.balance import deal
 from megatron_nft.policy.packing import Sequence
+from megatron_nft.updates import Updates
 
 SEQUENCES = random_sequences(13)
 LENGTHS = [s.num_tokens for s in SEQUENCES]
@@ -167,14 +169,24 @@ def _step_that_is_not_finite(path: Path, layout: ParallelConfig, field: str) -> 
     *good, last = SEQUENCES
     bad = [*good, replace(last, **{field: getattr(last, field) * np.nan})]
     before = weights_of(policy)
-    error = ""
+    folder = path.parent / f"skipped-{field}-{'-'.join(map(str, astuple(layout)))}"
+    updates = Updates(policy, folder if torch.distributed.get_rank() == 0 else None, 1)
+    first, error = updates.step(1, bad, LR), ""
     try:
-        policy.update(bad, LR)
+        updates.step(2, bad, LR)
     except FloatingPointError as raised:
         error = str(raised)
     untouched = all(np.array_equal(w, before[n]) for n, w in weights_of(policy).items())
-    metrics = policy.update(SEQUENCES, LR)
-    return {"error": error, "untouched": untouched, "weights": weights_of(policy), **metrics}
+    metrics = updates.step(3, SEQUENCES, LR)
+    return {
+        "first": first,
+        "error": error,
+        "num_skipped": updates.num_skipped,
+        "files": sorted(folder.iterdir()) if folder.exists() else [],
+        "untouched": untouched,
+        "weights": weights_of(policy),
+        **metrics,
+    }
 
 
 def _in_bfloat16(path: Path, layout: ParallelConfig) -> dict[str, Any]:
@@ -399,9 +411,17 @@ def test_on_policy_nft_is_dr_grpo_or_grpo(ours: dict[str, Any], layout: str) -> 
 def test_a_step_that_is_not_finite_is_refused_and_forgotten(
     models: Models, ours: dict[str, Any], field: str, layout: str
 ) -> None:
+    """Row 14 of field_failures: it never reaches the weights, and its batch can be looked at."""
     result = ours[layout]["not finite"][field]
+    assert result["first"] is None
+    assert result["num_skipped"] == 2
+    assert "2 steps in a row were not finite" in result["error"]
     assert "nan" in result["error"]
     assert result["untouched"]
+    assert [file.name for file in result["files"]] == ["step_1.parquet", "step_2.parquet"]
+    rows = pq.read_table(result["files"][0]).to_pylist()
+    assert [row["response"] for row in rows] == [s.response.tolist() for s in SEQUENCES]
+    assert np.isnan(rows[-1][field]).all()
     _compare(result, reference(models_of(layout, models)[0], NFT))
 
 

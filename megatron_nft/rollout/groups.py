@@ -83,3 +83,11 @@ class Group:
     def is_mixed(self) -> bool:
         """True where the group has right and wrong answers; only such groups train the policy."""
         return 0.0 < self.accuracy < 1.0
+
+
+def solved(problem: Problem) -> Group:
+    """The data's worked solution, as a group of one right answer."""
+    tokens = problem.solution_tokens
+    blank = np.zeros(len(tokens), np.float32)
+    answer = Response(tokens, blank, "stop", text="", seed=0, version=0, verdict=Verdict.CORRECT)
+    return Group(problem, (answer,))

@@ -30,7 +30,7 @@ NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
 LAST_NUMBER = re.compile(rf"{NUMBER}\s*(?:/\s*\d+)?(?:\\?%)?")
 FRACTION = re.compile(rf"([-+]?)\\frac\{{({NUMBER})\}}\{{({NUMBER})\}}|({NUMBER})/({NUMBER})")
 TIMES_POWER = re.compile(rf"({NUMBER})(?:\\times|\\cdot|\*)10\^\{{?([-+]?\d{{1,3}})\}}?")
-DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\$|~|\s|\^\{?\\circ\}?|\\?%|\\displaystyle")
+DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\$|~|\s|\^\{?\\circ\}?|\\displaystyle")
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 SHORT_FRACTION = re.compile(r"\\frac(\d)(\d)")
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
@@ -170,8 +170,8 @@ class Custom:
 
 
 def normalised(answer: str) -> str:
-    r"""An answer without what says nothing: spaces, `$`, units of angle and percent, `\left`, …"""
-    found = DROPPED.sub("", answer)
+    r"""An answer without what says nothing: spaces, `$`, degrees, `\left`, …"""
+    found = DROPPED.sub("", answer).replace(r"\%", "%")
     while (unwrapped := WRAPPED.sub(r"\1", found)) != found:
         found = unwrapped
     found = re.sub(r"\\[dt]frac", r"\\frac", found)
