@@ -92,6 +92,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     if "LOCAL_RANK" in os.environ:  # under torchrun
+        from megatron_nft.processes import end_with_parent
+
+        end_with_parent()  # before the seconds of imports
         from megatron_nft.train import run_process
 
         return run_process(arguments.recipe, arguments.overrides)

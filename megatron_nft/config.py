@@ -65,7 +65,7 @@ class RuleConfig:
 
     name: str = "math_verify"  # math_verify | boxed_exact | numeric | module:function of your own
     last_chars: int = 300  # boxed_exact: of an answer, in which the box must lie
-    tolerance: float = 1e-6  # numeric: relative to the known number; as it is where that is 0
+    tolerance: float = 1e-8  # numeric: relative to the known number; as it is where that is 0
 
 
 @dataclass(frozen=True)

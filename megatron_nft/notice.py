@@ -1,12 +1,13 @@
 """A scheduler's notice that the time is up: SIGTERM or SIGUSR1, to the training processes.
 
 The run then saves and leaves with a code that says "start me again". What takes its time and has
-nothing to save, sampling, is abandoned at once; what would be lost, a rollout's updates and its
-evaluation, is finished first.
+nothing to save, sampling by engines of its own, is abandoned at once; what would be lost, a
+rollout's updates and its evaluation, is finished first, and so is what servers are sampling.
 """
 
 import signal
 from types import FrameType
+from typing import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REQUEUE = 85  # exit code of a run that is to be started again
@@ -17,12 +18,18 @@ class Interrupted(Exception):  # noqa: N818 - no error: somebody asked for it
 
 
 class Notice:
-    """Whether one of the signals has come; for the main thread to make."""
+    """Whether one of the signals has come; a context manager for the main thread."""
 
     def __init__(self) -> None:
         self.has_come = False
-        for number in SIGNALS:
-            signal.signal(number, self._hear)
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _hear(self, _number: int, _frame: FrameType | None) -> None:
         self.has_come = True

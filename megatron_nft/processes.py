@@ -1,5 +1,6 @@
 """Start a run's processes on this machine, once everything that can be checked is right."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -7,17 +8,17 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import psutil
 
 from megatron_nft import recipe
 from megatron_nft.config import Config
-from megatron_nft.notice import REQUEUE, SIGNALS
+from megatron_nft.notice import REQUEUE, SIGNALS, Notice
 from megatron_nft.policy import fp8
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+FORWARD_EVERY_S = 0.5
 _libc = ctypes.CDLL(None)  # before any fork
 
 # what Megatron-Core and vLLM say at every import, on hosts that lack optional parts
@@ -47,6 +48,7 @@ def run(path: Path, overrides: Sequence[str]) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(num_processes), "--log-dir", str(logs)]
+    command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # the others: see _run_agent
     if num_processes > 1:  # only one process speaks on the terminal; the others into files
         others = ",".join(f"{rank}:3" for rank in range(1, num_processes))
         command += ["--redirects", others]
@@ -60,24 +62,31 @@ def run(path: Path, overrides: Sequence[str]) -> int:
 def _run_agent(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """torchrun's exit code; REQUEUE where a scheduler's notice ended the run.
 
-    The notice goes to the training processes alone: torchrun would end them half a minute later,
-    whatever they are doing.
+    The notice is for the training processes alone: torchrun would end them half a minute later,
+    whatever they are doing. They are told again and again, as they may not listen yet.
     """
-    # what ends this process ends torchrun too, and that the training processes
-    agent = subprocess.Popen(command, env=environment, preexec_fn=end_with_parent)
-    is_noticed = False
+    agent = subprocess.Popen(command, env=environment, preexec_fn=_become_agent)
+    with Notice() as notice:
+        while agent.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                agent.wait(FORWARD_EVERY_S)
+            if notice.has_come:
+                _tell_children(agent.pid)
+    return REQUEUE if notice.has_come and agent.returncode else agent.returncode
 
-    def forward(_number: int, _frame: FrameType | None) -> None:
-        nonlocal is_noticed
-        is_noticed = True
-        for process in psutil.Process(agent.pid).children():
+
+def _become_agent() -> None:
+    """torchrun ends with this process, and the training processes with it; no notice is for it."""
+    end_with_parent()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _tell_children(pid: int) -> None:
+    with contextlib.suppress(psutil.Error):  # who has ended needs no telling
+        for process in psutil.Process(pid).children():
             if "megatron_nft" in process.cmdline():
                 process.send_signal(signal.SIGUSR1)
-
-    for number in SIGNALS:
-        signal.signal(number, forward)
-    code = agent.wait()
-    return REQUEUE if is_noticed and code else code
 
 
 def end_with_parent() -> None:

@@ -76,6 +76,7 @@ class Run(ExitStack):
         self.updates = Updates(self.policy, skipped, config.optimizer.max_skipped_steps)
         self.ahead = Ahead(self._batch)
         self.callback(self.ahead.close)
+        self.watchdog.enter("resume")
         self.state = self._resume()
         self._saved_rollout = self.state.rollout
         self.watchdog.enter("engine")
@@ -172,7 +173,8 @@ class Run(ExitStack):
         options = self.config.verify
         num_local = 1 if is_remote else host.num_local_processes()
         num_workers = options.workers or max(1, len(os.sched_getaffinity(0)) // num_local)
-        return self.enter_context(Verifier(replace(options, workers=num_workers)))
+        options = replace(options, workers=num_workers)
+        return self.enter_context(Verifier(options, self.watchdog.beat))
 
     def _check_verifier(self, what: str, rate: float, examples: Sequence[str] = ()) -> None:
         if rate > self.config.verify.max_unverifiable_rate:
@@ -211,7 +213,11 @@ class Run(ExitStack):
         """The engine with the newest weights, on memory that the policy lends it."""
         with self.policy.memory_lent():
             self.hand_over_weights()
-            yield
+            try:
+                yield
+            except Interrupted:  # a checkpoint needs the memory too
+                self.engine.sleep()
+                raise
             self.sampled |= self.engine.sleep()
 
     def hand_over_weights(self) -> None:

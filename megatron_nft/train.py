@@ -39,14 +39,15 @@ def train(config: Config, notice: Notice) -> int:
     After a scheduler's notice that is REQUEUE: started again, the run goes on where it stands.
     """
     with Run(config, notice) as run:
-        if run.state.step == 0 and run.evaluates_after(run.state):
+        is_new = run.state.step == 0 and run.evaluates_after(run.state)
+        if is_new and not run.is_noticed():
             run.log({"step": 0, "rollout": 0, **run.evaluate()})
         while not run.is_finished:
-            with suppress(Interrupted):
-                one_rollout(run)
             if run.is_noticed():
                 run.save_for_later()
                 return REQUEUE
+            with suppress(Interrupted):
+                one_rollout(run)
         run.export()
     return 0
 
@@ -124,7 +125,11 @@ def learning_rate(config: Config, step: int) -> float:
 def run_process(path: Path, overrides: list[str]) -> int:
     """What every process under torchrun does; its exit code."""
     end_with_parent()
-    notice = Notice()
+    with Notice() as notice:
+        return _run_noticed(path, overrides, notice)
+
+
+def _run_noticed(path: Path, overrides: list[str], notice: Notice) -> int:
     config = recipe.load(path, overrides)
     fp8.check_environment(config.fp8)
     # rank 0 may wait for a server in the middle of a hand-over
@@ -132,6 +137,7 @@ def run_process(path: Path, overrides: list[str]) -> int:
     parallel.initialize(config.parallel, config.seed, timeout_s)
     check_once(config)
     code = train(config, notice)
+    dist.barrier()  # who ends first has torchrun end the others
     parallel.finalize()  # not after an exception: the others may be waiting in a collective
     return code
 

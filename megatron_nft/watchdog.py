@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+FILE_PHASES, FILE_PATIENCE = ("model", "resume", "checkpoint", "export"), 4
 EXIT_CODE = 86  # of a process that reported a stall
 SHARED_FILE = "watchdog.txt"  # a line a report, of all ranks
 LOOK_EVERY_S = 5.0  # or a twentieth of the timeout, if that is less
@@ -88,11 +89,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            self._wind_up(self._timeout_s + TIMER_LOOKS * self._look_every_s)
+            self._wind_up(self._limit_s + TIMER_LOOKS * self._look_every_s)
             if self._stopped.wait(self._look_every_s):
                 return
             if trouble := self._trouble():
                 self._end(trouble)
+
+    @property
+    def _limit_s(self) -> float:
+        """Longer where files are read and written: nothing is told of while that goes on."""
+        return self._timeout_s * (FILE_PATIENCE if self._phase in FILE_PHASES else 1)
 
     def _wind_up(self, timeout_s: float) -> None:
         faulthandler.dump_traceback_later(timeout_s, exit=True, file=self._file)
@@ -109,7 +115,7 @@ class Watchdog:
         if has_moved:
             self._job_moved = now
         idle_s = now - self._job_moved
-        if idle_s <= self._timeout_s:
+        if idle_s <= self._limit_s:
             return ""
         return f"no rank for {idle_s:.0f} s; watchdog.timeout_s is {self._timeout_s:g}"
 

@@ -10,7 +10,7 @@ import pytest
 from megatron_nft.config import RuleConfig, VerifyConfig
 from megatron_nft.rollout.groups import Judgement, Problem, Verdict
 from megatron_nft.verify.golds import readable
-from megatron_nft.verify.rules import normalised, number, rule_of
+from megatron_nft.verify.rules import normalised, numbers, rule_of
 from megatron_nft.verify.verifier import Question, Verifier
 
 CORRECT, WRONG, UNVERIFIABLE = Verdict.CORRECT, Verdict.WRONG, Verdict.UNVERIFIABLE
@@ -41,6 +41,11 @@ def verdict(rule: RuleConfig, text: str, gold: str) -> Verdict:
         (r"\boxed{1,234{,}567}", "1234567", CORRECT),
         (r"\boxed{\left( 3, 4 \right)}", "(3,4)", CORRECT),
         (r"\boxed{90^\circ}", "90", CORRECT),
+        (r"\boxed{\$18}", "18", CORRECT),
+        ("\\boxed{\u22125}", "-5", CORRECT),
+        (r"\boxed{2 3/4}", "23/4", WRONG),
+        (r"\boxed{2\ 3/4}", "2 3/4", CORRECT),
+        (r"\boxed{(1,200)}", "(1200)", WRONG),
         (r"\boxed{50\%}", "50%", CORRECT),
         (r"\boxed{50\%}", "50", WRONG),
         (r"\boxed{1} \boxed{2}", "1", WRONG),
@@ -60,14 +65,26 @@ def test_boxed_exact(text: str, gold: str, expected: Verdict) -> None:
     [
         (r"\boxed{3.14}", "3.1416", CORRECT),
         (r"\boxed{3.0}", "3.1416", WRONG),
+        ("The answer is 42, as shown.", "42", CORRECT),
         ("It is 12, or rather 13.", "13", CORRECT),
         ("It is 12, or rather 1/2", "0.5", CORRECT),
         (r"\boxed{-\frac{1}{3}}", "-0.333", CORRECT),
+        (r"\boxed{\frac12}", "0.5", CORRECT),
         (r"\boxed{50\%}", "0.5", CORRECT),
+        (r"\boxed{50\%}", "50", CORRECT),
+        (r"\boxed{50\%}", "5", WRONG),
+        (r"\boxed{\$18}", "18", CORRECT),
+        (r"\boxed{18\text{ dollars}}", "18", CORRECT),
+        (r"\boxed{9.8\,\text{m/s}^2}", "9.8", CORRECT),
+        (r"\boxed{x=5}", "5", CORRECT),
+        (r"\boxed{90^\circ}", "90", CORRECT),
+        ("\\boxed{\u22125}", "-5", CORRECT),
         (r"\boxed{6.02 \times 10^{23}}", "6.022e23", CORRECT),
         (r"\boxed{0.005}", "0", CORRECT),
         (r"\boxed{0.05}", "0", WRONG),
         (r"12 \boxed{twelve}", "12", WRONG),
+        (r"\boxed{3 or so 4}", "3", UNVERIFIABLE),
+        (r"\boxed{1}", "1e999", WRONG),
         ("nothing", "12", WRONG),
         (r"\boxed{12}", "twelve", UNVERIFIABLE),
         (r"\boxed{12}", "1/0", UNVERIFIABLE),
@@ -84,7 +101,7 @@ def test_numeric(text: str, gold: str, expected: Verdict) -> None:
         (" -.5 ", Fraction(-1, 2)),
         ("+3/4", Fraction(3, 4)),
         (r"$\frac{1}{2}$.", Fraction(1, 2)),
-        (r"12\%", Fraction(12, 100)),
+        (r"12\%", Fraction(12)),
         ("4.5e3", Fraction(4500)),
         (r"2 \cdot 10^{-3}", Fraction(2, 1000)),
         ("1,00", None),
@@ -97,7 +114,12 @@ def test_numeric(text: str, gold: str, expected: Verdict) -> None:
     ],
 )
 def test_numbers_are_read_exactly(text: str, value: Fraction | None) -> None:
-    assert number(text) == value
+    assert numbers(text)[:1] == ([] if value is None else [value])
+
+
+def test_whole_numbers_that_differ_by_one_differ() -> None:
+    assert verdict(RuleConfig("numeric"), r"\boxed{2000001}", "2000000") is WRONG
+    assert verdict(RuleConfig("numeric"), r"\boxed{2,000,000}", "2000000") is CORRECT
 
 
 def test_normalising_twice_changes_nothing() -> None:

@@ -218,7 +218,9 @@ def test_workers_follow_a_parent_that_is_killed(tmp_path: Path) -> None:
         "    verifier._cache.clear()\n"
         "    verifier.judge(items)\n"
         "verifier.submit([Question(r'\\boxed{(9^9)^{9^9}}', '72')])\n"
-        "family = psutil.Process().children(recursive=True)\n"
+        "family = []\n"
+        "while len(family) < 4:\n"  # a judge is forked after its worker is ready
+        "    family = psutil.Process().children(recursive=True)\n"
         "print(json.dumps([process.pid for process in family]), flush=True)\n"
         "sys.stdin.read()\n"
     )

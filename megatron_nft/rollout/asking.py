@@ -35,8 +35,8 @@ class Asking:
         enough: how many of the questions are to be answered; the others are cut off then.
         num_at_once: questions a server.
         counts: `questions_asked_again` is kept up in it.
-        tell: called with a question's number and answers once they are there, in a thread of its
-            own; a question that is cut off then may be among them.
+        tell: called with a question's number and answers once they are there, once each, in a
+            thread of its own.
     """
 
     def __init__(
@@ -103,9 +103,7 @@ class Asking:
                 raise ServerError("it was told to abort")
             if choice.finish_reason not in ("stop", "length"):  # would pass for a wrong answer
                 raise RuntimeError(f"{member} ended an answer with {choice.finish_reason!r}")
-        answers = sorted(choices, key=lambda choice: choice.index)
-        await asyncio.to_thread(self._tell, number, answers)
-        return answers
+        return sorted(choices, key=lambda choice: choice.index)
 
     async def _hear(self) -> None:
         if not self._running:
@@ -120,7 +118,8 @@ class Asking:
                 self._lost_by[number].append(member)
                 self._ask_again(number, task)
             else:
-                self._answered[number] = task.result()
+                answers = self._answered[number] = task.result()
+                await asyncio.to_thread(self._tell, number, answers)
 
     def _ask_again(self, number: int, task: asyncio.Task[list[Answer]]) -> None:
         lost_by = self._lost_by[number]

@@ -187,14 +187,17 @@ class ColocatedEngine:
         for number, tokens in prompts.items():
             engine.add_request(str(number), tokens_input(tokens.tolist()), params[number])
         with _progress(len(prompts)) as bar:
-            while len(prompts) - len(unfinished) < enough:
-                finished = {int(o.request_id): o for o in engine.step() if o.finished}
-                unfinished -= finished.keys()
-                bar.update(len(finished))
-                self._on_progress()
-                yield from finished.items()
-        engine.abort_request([str(number) for number in unfinished])
-        engine.output_processor.parent_requests.clear()  # vLLM keeps those of questions cut off
+            try:
+                while len(prompts) - len(unfinished) < enough:
+                    finished = {int(o.request_id): o for o in engine.step() if o.finished}
+                    unfinished -= finished.keys()
+                    bar.update(len(finished))
+                    self._on_progress()
+                    yield from finished.items()
+            finally:  # on_progress may abandon them all
+                engine.abort_request([str(number) for number in unfinished])
+                # vLLM keeps those of questions cut off
+                engine.output_processor.parent_requests.clear()
 
     def _params(self, sampling: Sampling, number: int, num_prompt_tokens: int) -> Any:
         from vllm import SamplingParams

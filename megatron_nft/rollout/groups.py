@@ -22,6 +22,7 @@ class Judgement(NamedTuple):
 
     verdict: Verdict
     reason: str = ""
+    is_failure: bool = False  # of the verifier: another time it may be another
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class MathVerify:
             return NO_GOLD
         if extracted is None:
             return WRONG
-        if trouble := _untried(extracted) or _untried(gold):
+        if trouble := _untried(extracted) or _untried_gold(gold):
             return Judgement(Verdict.UNVERIFIABLE, trouble)
         answer_integer = BOXED_INTEGER.fullmatch(extracted)
         gold_integer = INTEGER.fullmatch(gold.strip())
@@ -76,7 +76,7 @@ class MathVerify:
         """A mere string equals itself and nothing differs from it: no question to train on."""
         if not gold.strip():
             return NO_GOLD
-        if trouble := _untried(gold):
+        if trouble := _untried_gold(gold):
             return Judgement(Verdict.UNVERIFIABLE, trouble)
         if INTEGER.fullmatch(gold.strip()):
             return RIGHT
@@ -125,6 +125,11 @@ def _untried(text: str) -> str:
     return explosive(text)
 
 
+def _untried_gold(gold: str) -> str:
+    """The same of a known answer, which is maths and no prose."""
+    return _untried(gold) or explosive(_box(gold))
+
+
 def _decide_parsed(extracted: str, gold: str) -> Judgement:
     golds, answers = _golds(gold), _tried(lambda: _readings(extracted))
     if trouble := next((found for found in (golds, answers) if isinstance(found, str)), ""):
@@ -140,9 +145,13 @@ def _decide_parsed(extracted: str, gold: str) -> Judgement:
     return WRONG if _is_read(golds) else Judgement(Verdict.UNVERIFIABLE, NOT_READ)
 
 
-@functools.lru_cache(MAX_GOLDS)
 def _golds(gold: str) -> list[Any] | str:
-    return _tried(lambda: _readings(_gold_text(gold)))
+    return _tried(lambda: _read_gold(gold))
+
+
+@functools.lru_cache(MAX_GOLDS)  # of those that could be read
+def _read_gold(gold: str) -> list[Any]:
+    return _readings(_gold_text(gold))
 
 
 def _is_read(golds: list[Any]) -> bool:

@@ -11,7 +11,7 @@ MAX_DEPTH = 24  # brackets within each other; math-verify takes seconds from abo
 MAX_DIGITS = 1_000_000  # of a power; sympy makes such a number in 0.1 s
 MAX_FACTORIAL = 100_000  # has half a million digits
 
-NUMBER = r"\d[\d,]*(?:\.\d+)?"
+NUMBER = r"(?<![\d.])\d++(?:,\d{3}(?!\d))*+(?:\.\d++)?"
 POWER = re.compile(rf"{NUMBER}(?:\s*(?:\^|\*\*)[\s({{\[]*{NUMBER})+")
 PARTS = re.compile(NUMBER)
 FACTORIAL = re.compile(rf"(?:({NUMBER})|[)}}\]])\s*!(?!=)")
@@ -19,13 +19,14 @@ BRACKETS = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
 def explosive(text: str) -> str:
-    """What would explode in it; empty for a text that is worth a try."""
+    r"""What would explode in a `\boxed{…}` or prose; empty for a text that is worth a try."""
     if (depth := _depth(text)) > MAX_DEPTH:
         return f"brackets {depth} deep"
     for match in POWER.finditer(text):
         if _num_digits(match.group()) > MAX_DIGITS:
             return f"a power too large: {match.group()[:50]}"
-    for match in FACTORIAL.finditer(text):
+    is_prose = not text.startswith(r"\boxed")  # where "!" may end a sentence
+    for match in () if is_prose else FACTORIAL.finditer(text):
         number = match.group(1) or _number_in_brackets(text[: match.start() + 1])
         if _num_digits(number) > math.log10(MAX_FACTORIAL):
             return f"a factorial too large: {number[:50]}!"
@@ -55,4 +56,5 @@ def _num_digits(power: str) -> float:
 def _number_in_brackets(before: str) -> str:
     """What the closing bracket at the end encloses, where it is a number or a power."""
     match = re.search(r"[({\[]([^(){}\[\]]*)[)}\]]$", before[-100:])
-    return match.group(1) if match and POWER.fullmatch(match.group(1).strip()) else ""
+    inner = match.group(1).strip() if match else ""
+    return inner if POWER.fullmatch(inner) or PARTS.fullmatch(inner) else ""

@@ -7,6 +7,7 @@ is judged once more, and then UNVERIFIABLE.
 import contextlib
 import os
 import selectors
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -23,6 +24,7 @@ MAX_FAILED_STARTS = 3
 MAX_ATTEMPTS = 2
 
 Tell = Callable[[Task, Judgement | Exception], None]
+End = Callable[[BaseException | None], None]
 
 
 class Pool:
@@ -30,12 +32,12 @@ class Pool:
 
     `tell(task, outcome)` is called once a task, in the pool's thread: a judgement, a ValueError
     where the task's rule cannot be used, or a RuntimeError for every task once no worker starts;
-    `end()` last of all, after which nothing is told any more.
+    `end(error)` last of all, with what ended the pool if that was no `close`.
     `counts` has `timeouts`, deadlines missed, and `worker_deaths`, workers that ended by
     themselves or were killed from outside.
     """
 
-    def __init__(self, options: VerifyConfig, tell: Tell, end: Callable[[], None]) -> None:
+    def __init__(self, options: VerifyConfig, tell: Tell, end: End) -> None:
         num_workers = options.workers or len(os.sched_getaffinity(0))
         self._options = replace(options, workers=num_workers)
         self._tell, self._end = tell, end
@@ -80,10 +82,13 @@ class Pool:
             while not self._is_closing:
                 self._turn()
         finally:
-            for worker in list(self.workers):
-                self._end_worker(worker)
-            self._selector.close()
-            self._end()
+            error = sys.exception()
+            try:
+                for worker in list(self.workers):
+                    self._end_worker(worker)
+                self._selector.close()
+            finally:
+                self._end(error)
 
     def _turn(self) -> None:
         if self._failure:
@@ -145,7 +150,7 @@ class Pool:
             self._waiting.append(attempt)
         elif attempt:
             reason = f"its worker died, {MAX_ATTEMPTS} times"
-            self._tell(attempt.task, Judgement(Verdict.UNVERIFIABLE, reason))
+            self._tell(attempt.task, Judgement(Verdict.UNVERIFIABLE, reason, is_failure=True))
         self._replace_worker(worker)
 
     def _enforce_deadlines(self) -> None:
@@ -161,7 +166,8 @@ class Pool:
     def _give_up(self, worker: Worker) -> None:
         self.counts["timeouts"] += 1
         reason = f"not judged within {self._options.timeout_s:g} s"
-        self._tell(worker.attempt.task, Judgement(Verdict.UNVERIFIABLE, reason))
+        failure = Judgement(Verdict.UNVERIFIABLE, reason, is_failure=True)
+        self._tell(worker.attempt.task, failure)
 
     def _count_failed_start(self, what: str) -> None:
         self._num_failed_starts += 1

@@ -16,6 +16,7 @@ import importlib
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import product
 from typing import Protocol
 
 from megatron_nft.config import RuleConfig
@@ -26,14 +27,17 @@ from megatron_nft.verify.answers import last_boxed
 MAX_TEXT_CHARS = 2**18  # of what a function of the user's is given: the end
 MAX_NUMBER_CHARS = 200
 
-NUMBER = r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?"
-LAST_NUMBER = re.compile(rf"{NUMBER}\s*(?:/\s*\d+)?(?:\\?%)?")
+NUMBER = r"[-+]?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?"
+LAST_NUMBER = re.compile(rf"{NUMBER}(?:\s*/\s*\d+)?(?:\s*\\?%)?")
 FRACTION = re.compile(rf"([-+]?)\\frac\{{({NUMBER})\}}\{{({NUMBER})\}}|({NUMBER})/({NUMBER})")
 TIMES_POWER = re.compile(rf"({NUMBER})(?:\\times|\\cdot|\*)10\^\{{?([-+]?\d{{1,3}})\}}?")
-DROPPED = re.compile(r"\\left|\\right|\\[!,;: ]|\$|~|\s|\^\{?\\circ\}?|\\displaystyle")
-WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
 SHORT_FRACTION = re.compile(r"\\frac(\d)(\d)")
 THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
+WHOLE_NUMBER = re.compile(r"-?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
+SAYS_NOTHING = re.compile(r"\\left|\\right|\\[!,;:]|\\?\$|~|\^\{?\\circ\}?|\\displaystyle")
+WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
+UNIT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{[^{}]*\}(?:\^\{?-?\d\}?)?")
+MINUS = str.maketrans("\u2212\u2013", "--")
 
 
 class RuleError(ValueError):
@@ -103,7 +107,7 @@ class BoxedExact(_Simple):
 
 class Numeric(_Simple):
     def __init__(self, tolerance: float) -> None:
-        self._tolerance = tolerance
+        self._tolerance = Fraction(tolerance)
 
     def extract(self, text: str) -> str | None:
         if answers.BOX_START.search(text):
@@ -111,14 +115,20 @@ class Numeric(_Simple):
         found = LAST_NUMBER.findall(text[-answers.MAX_TAIL_CHARS :])
         return found[-1] if found else None
 
+    def decide_at_once(self, extracted: str | None, gold: str) -> Judgement:
+        has_digits = extracted is not None and re.search(r"\d", extracted)
+        if has_digits and not numbers(extracted) and numbers(gold):
+            return Judgement(Verdict.UNVERIFIABLE, "the answer's number could not be read")
+        return super().decide_at_once(extracted, gold)
+
     def is_same(self, extracted: str, gold: str) -> bool:
-        answer, known = number(extracted), number(gold)
-        if answer is None:
-            return False
-        return abs(answer - known) <= self._tolerance * (abs(known) or 1)
+        for ours, known in product(numbers(extracted), numbers(gold)):
+            if abs(ours - known) <= self._tolerance * (abs(known) or 1):
+                return True
+        return False
 
     def read(self, gold: str) -> Judgement:
-        if number(gold) is not None:
+        if numbers(gold):
             return Judgement(Verdict.CORRECT)
         return Judgement(Verdict.UNVERIFIABLE, "the known answer is no number")
 
@@ -170,37 +180,38 @@ class Custom:
 
 
 def normalised(answer: str) -> str:
-    r"""An answer without what says nothing: spaces, `$`, degrees, `\left`, …"""
-    found = DROPPED.sub("", answer).replace(r"\%", "%")
+    r"""An answer without what says nothing: `$`, degrees, `\left`, most spaces."""
+    found = SAYS_NOTHING.sub("", answer.translate(MINUS).replace("\\ ", " ")).replace(r"\%", "%")
     while (unwrapped := WRAPPED.sub(r"\1", found)) != found:
         found = unwrapped
-    found = re.sub(r"\\[dt]frac", r"\\frac", found)
-    found = SHORT_FRACTION.sub(r"\\frac{\1}{\2}", found)
-    return THOUSANDS.sub("", found).rstrip(".")
+    found = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", " ".join(found.split())).rstrip(".")
+    found = SHORT_FRACTION.sub(r"\\frac{\1}{\2}", re.sub(r"\\[dt]frac", r"\\frac", found))
+    return THOUSANDS.sub("", found) if WHOLE_NUMBER.fullmatch(found) else found
 
 
-def number(text: str) -> Fraction | None:
-    r"""The number that a text is, exactly: `1,000`, `-3/4`, `\frac{1}{2}`, `50\%`, `4.5e33`."""
-    bare = re.sub(r"[\s$]|\\[!,; ]|\\left|\\right", "", text[: MAX_NUMBER_CHARS + 1]).rstrip(".")
+def numbers(text: str) -> list[Fraction]:
+    r"""What number a text is, exactly; none where it is no number, two where it has a percent sign.
+
+    Such as `1,000`, `-3/4`, `\frac{1}{2}`, `50\%`, `4.5e33`, `x = 2 \times 10^3`, `\$18`,
+    `9.8\,\text{m/s}^2`.
+    """
     if len(text) > MAX_NUMBER_CHARS:
-        return None
-    bare = THOUSANDS.sub("", re.sub(r"\\[dt]frac", r"\\frac", bare))
-    percent = 100 if bare.endswith("%") else 1
-    bare = bare.removesuffix("%").removesuffix("\\")
+        return []
+    bare = UNIT.sub("", text.translate(MINUS).rpartition("=")[2])
+    bare = re.sub(r"\s|\\ ", "", SAYS_NOTHING.sub("", bare)).rstrip(".")
+    has_percent = bare.endswith("%")
+    bare = re.sub(r"\\[dt]frac", r"\\frac", bare.removesuffix("%").removesuffix("\\"))
+    value = _value(THOUSANDS.sub("", SHORT_FRACTION.sub(r"\\frac{\1}{\2}", bare)))
+    if value is None:
+        return []
+    return [value, value / 100] if has_percent else [value]
+
+
+def _value(bare: str) -> Fraction | None:
     if match := FRACTION.fullmatch(bare):
         sign, above, below, plain_above, plain_below = match.groups()
-        above, below = _plain(above or plain_above), _plain(below or plain_below)
-        if above is None or not below:
-            return None
-        return above / below / percent * (-1 if sign == "-" else 1)
+        above, below = Fraction(above or plain_above), Fraction(below or plain_below)
+        return above / below * (-1 if sign == "-" else 1) if below else None
     if match := TIMES_POWER.fullmatch(bare):
-        mantissa = _plain(match.group(1))
-        return (
-            None if mantissa is None else mantissa * Fraction(10) ** int(match.group(2)) / percent
-        )
-    found = _plain(bare)
-    return None if found is None else found / percent
-
-
-def _plain(text: str) -> Fraction | None:
-    return Fraction(text) if re.fullmatch(NUMBER, text) and "," not in text else None
+        return Fraction(match.group(1)) * Fraction(10) ** int(match.group(2))
+    return Fraction(bare) if re.fullmatch(NUMBER, bare) and "," not in bare else None

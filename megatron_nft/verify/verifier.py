@@ -1,7 +1,7 @@
 """The verifier: answers in, judgements out, while others are still being sampled."""
 
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition
@@ -37,11 +37,14 @@ class Verifier:
     - judged: answers that got a verdict, of any kind
     - cached: those of them that an identical answer had got before
 
-    `examples`, for people, has a few of the answers that were UNVERIFIABLE since it was last
-    emptied.
+    `on_progress` is called at every judgement of a worker's. `examples`, for people, has a few of
+    the answers that were UNVERIFIABLE since it was last emptied.
     """
 
-    def __init__(self, options: VerifyConfig) -> None:
+    def __init__(
+        self, options: VerifyConfig, on_progress: Callable[[], object] = lambda: None
+    ) -> None:
+        self._on_progress = on_progress
         self.examples: list[str] = []
         self._changed = Condition()  # guards all below
         self._cache: OrderedDict[Task, Judgement] = OrderedDict()
@@ -118,18 +121,20 @@ class Verifier:
 
     def _hear(self, task: Task, outcome: Judgement | Exception) -> None:
         """In the pool's thread."""
+        self._on_progress()
         with self._changed:
             if isinstance(outcome, Judgement):
                 self._keep_example(task, outcome)
                 self._remember(task, outcome)
             self._settle(task, outcome)
 
-    def _end(self) -> None:
+    def _end(self, error: BaseException | None) -> None:
         """In the pool's thread, at its end."""
+        why = f"the verifier ended: {error!r}" if error else "the verifier was closed meanwhile"
         with self._changed:
             self._is_closed = True
             for task in list(self._waiting):
-                self._settle(task, RuntimeError("the verifier was closed meanwhile"))
+                self._settle(task, RuntimeError(why))
 
     def _settle(self, task: Task, outcome: Judgement | Exception) -> None:
         for request in self._waiting.pop(task, []):
