@@ -6,10 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from runs import COLD_START, RECIPE, lasting, train, write_rows
-from safetensors.numpy import load_file
 from toys import save_model, train_tokenizer
 
 from megatron_nft import arithmetic
@@ -58,17 +56,6 @@ def test_metrics_hold_what_a_step_is_judged_by(root: Path) -> None:
     assert (root / "nft" / "tensorboard").is_dir()
 
 
-def test_a_resumed_run_is_the_run_it_continues(root: Path) -> None:
-    run_dir = root / "interrupted"
-    train(root / "recipe.yaml", f"run_dir={run_dir}", "rollouts=2")
-    assert not (run_dir / "checkpoints" / "rollout_3").exists()
-    train(root / "recipe.yaml", f"run_dir={run_dir}")
-    assert lasting(run_dir) == lasting(root / "nft")
-    resumed = load_file(run_dir / "hf" / "model.safetensors")
-    for name, tensor in load_file(root / "nft" / "hf" / "model.safetensors").items():
-        np.testing.assert_array_equal(tensor, resumed[name], err_msg=name)
-
-
 def test_a_checkpoint_converts_by_itself_to_what_the_run_exports(root: Path) -> None:
     checkpoint, out = root / "nft" / "checkpoints" / "rollout_4", root / "converted"
     convert("megatron-to-hf", "--checkpoint", checkpoint, "--out", out)
@@ -107,24 +94,13 @@ def test_data_parallel_ranks_train_as_tensor_parallel_ones_do(root: Path) -> Non
 
 
 @pytest.mark.parametrize("split", ["pipeline", "context"])
-def test_pipeline_and_context_parallel_runs_are_the_same_and_resume(root: Path, split: str) -> None:
+def test_pipeline_and_context_parallel_runs_are_the_same(root: Path, split: str) -> None:
+    """That they resume to the bit, test_step shows."""
     overrides = ["parallel.tensor=1", f"parallel.{split}=2"]
-    through, resumed = root / split, root / f"{split}-resumed"
-    train(root / "recipe.yaml", f"run_dir={through}", *overrides, "rollouts=2")
-    for num_rollouts in (1, 2):
-        train(root / "recipe.yaml", f"run_dir={resumed}", *overrides, f"rollouts={num_rollouts}")
-    for ours, theirs in zip(lasting(through)[1:3], lasting(root / "nft")[1:3], strict=True):
+    train(root / "recipe.yaml", f"run_dir={root / split}", *overrides, "rollouts=1")
+    for ours, theirs in zip(lasting(root / split)[1:], lasting(root / "nft")[1:3], strict=True):
         for key in ("loss", "grad_norm", "entropy"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
-    whole = {r["step"]: r for r in lasting(through)}
-    for record in lasting(resumed)[-2:]:  # of the second rollout
-        expected = whole[record["step"]]
-        assert {k: v for k, v in record.items() if not k.startswith("eval/")} == {
-            k: v for k, v in expected.items() if not k.startswith("eval/")
-        }
-    theirs = load_file(through / "hf" / "model.safetensors")
-    for name, tensor in load_file(resumed / "hf" / "model.safetensors").items():
-        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
 
 
 @pytest.fixture(scope="module")
