@@ -63,6 +63,15 @@ def promised(x: Inputs) -> Tensor:
     return _ours(x, lambda _, rows: x.factors[rows])
 
 
+def unfused(x: Inputs) -> Tensor:
+    """By tensor operations, as on a CPU; the gradients are made here too."""
+    has_kernels, logprobs._has_kernels = logprobs._has_kernels, lambda _: False
+    try:
+        return promised(x)
+    finally:
+        logprobs._has_kernels = has_kernels
+
+
 def recomputed(x: Inputs) -> Tensor:
     return _ours(x, None)
 
@@ -153,6 +162,8 @@ def methods() -> dict[str, Method]:
         "Megatron's cross-entropy": megatron,
         FLOOR: three_matmuls,
     }
+    if host.has_cuda():
+        found["ours, without its kernels"] = unfused
     if host.has_cuda() and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         found["torch's fused loss, of a plain sum"] = torch_fused
     if host.has_cuda() and find_spec("liger_kernel"):
@@ -314,7 +325,9 @@ def main() -> None:
         "--dtype", choices=["float32", "bfloat16"], default="bfloat16" if on_cuda else "float32"
     )
     parser.add_argument("--repeats", type=int, default=10 if on_cuda else 3)
+    parser.add_argument("--chunk-cells", type=int, default=logprobs.CHUNK_CELLS)
     args = parser.parse_args()
+    logprobs.CHUNK_CELLS = args.chunk_cells
 
     dist.init_process_group(host.backend(), store=dist.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()

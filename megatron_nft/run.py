@@ -1,7 +1,6 @@
 """What a training run holds in each process: data, policy, engine, verifier, directory."""
 
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -39,7 +38,7 @@ from megatron_nft.rollout.remote import RemoteEngine
 from megatron_nft.sources import Sources
 from megatron_nft.statistics import mean_accuracy
 from megatron_nft.updates import Updates
-from megatron_nft.verify.verifier import Verifier
+from megatron_nft.verify.share import check_rate, start_verifier
 from megatron_nft.watchdog import Watchdog
 
 DRIFT_QUESTIONS, DRIFT_TOKENS = 16, 64  # of which drift is measured where nothing else shows it
@@ -61,7 +60,9 @@ class Run(ExitStack):
         self.ranks, self._sharers = Ranks(), sharers(config.rollout.tensor)
         path = Path(config.model.path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.verifier = self._start_verifier()
+        self.verifier = start_verifier(config, self.watchdog.beat)
+        if self.verifier:
+            self.enter_context(self.verifier)
         sources = Sources(config, self.tokenizer, self.verifier, self.ranks.on_main)
         self.problems = sources.training()
         self.order = QuestionOrder(self.problems, config.seed)
@@ -110,7 +111,7 @@ class Run(ExitStack):
             return Batch(groups, None)
         batch = self._collect_here() if self.engine.is_collective else self._collect_ahead()
         rate = batch.tally.metrics().get("unverifiable_rate", 0.0)
-        self._check_verifier("rollout", rate, batch.tally.unverifiable)
+        check_rate("rollout", rate, self.config, batch.tally.unverifiable)
         return batch
 
     def _collect_here(self) -> Batch:
@@ -164,25 +165,6 @@ class Run(ExitStack):
             finish_fraction=options.finish_fraction,
         )
         return ask(self.engine, self.verifier, problems, expected, sampling)
-
-    def _start_verifier(self) -> Verifier | None:
-        """Judges only where answers arrive; the cores of a machine are shared by its processes."""
-        is_remote = self.config.rollout.engine == "remote"
-        if dist.get_rank() % (dist.get_world_size() if is_remote else self.config.rollout.tensor):
-            return None
-        options = self.config.verify
-        num_local = 1 if is_remote else host.num_local_processes()
-        num_workers = options.workers or max(1, len(os.sched_getaffinity(0)) // num_local)
-        options = replace(options, workers=num_workers)
-        return self.enter_context(Verifier(options, self.watchdog.beat))
-
-    def _check_verifier(self, what: str, rate: float, examples: Sequence[str] = ()) -> None:
-        if rate > self.config.verify.max_unverifiable_rate:
-            raise RuntimeError(
-                f"{what}: {rate:.1%} of the answers could not be judged; "
-                f"verify.max_unverifiable_rate is {self.config.verify.max_unverifiable_rate:.1%}"
-                + "".join(f"\n  {example}" for example in examples)
-            )
 
     # engine
 
@@ -265,7 +247,7 @@ class Run(ExitStack):
             metrics = evaluated() if self.engine.is_collective else self.ranks.on_main(evaluated)
         for key, value in metrics.items():
             if key.endswith("/unverifiable_rate"):
-                self._check_verifier(key, value)
+                check_rate(key, value, self.config)
         return metrics
 
     # the scheduler's notice

@@ -179,6 +179,7 @@ def read_marker(path: Path) -> Marker:
 
     Raises:
         ValueError: it is missing, or is not what was written.
+        OSError: it cannot be read now.
     """
     try:
         content = json.loads((path / RUN_STATE).read_bytes())
@@ -189,12 +190,16 @@ def read_marker(path: Path) -> Marker:
         return Marker(content["state"], listed)
     except FileNotFoundError:
         raise ValueError(f"{RUN_STATE} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{RUN_STATE} cannot be read: {error}") from error
 
 
 def trouble(path: Path, name: str, written: File) -> str | None:
-    """How a file differs from what was written; None where it does not."""
+    """How a file differs from what was written; None where it does not.
+
+    Raises:
+        OSError: it cannot be read now, which says nothing of what is in it.
+    """
     try:
         size = (path / name).stat().st_size
         if size != written.bytes:
@@ -202,8 +207,6 @@ def trouble(path: Path, name: str, written: File) -> str | None:
         found = _crc32(path / name)
     except FileNotFoundError:
         return f"{name} is missing"
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
     return None if found == written.crc32 else f"{name} has other bytes than were written"
 
 

@@ -36,7 +36,7 @@ THOUSANDS = re.compile(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))")
 WHOLE_NUMBER = re.compile(r"-?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
 SAYS_NOTHING = re.compile(r"\\left|\\right|\\[!,;:]|\\?\$|~|\^\{?\\circ\}?|\\displaystyle")
 WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}")
-UNIT = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{[^{}]*\}(?:\^\{?-?\d\}?)?")
+UNIT = re.compile(WRAPPED.pattern + r"(?:\^\{?-?\d\}?)?")
 MINUS = str.maketrans("\u2212\u2013", "--")
 
 
@@ -80,7 +80,8 @@ class _Simple:
         same = extracted is not None and self.is_same(extracted, gold)
         return Judgement(Verdict.CORRECT if same else Verdict.WRONG)
 
-    decide = decide_at_once
+    def decide(self, extracted: str | None, gold: str) -> Judgement:
+        return self.decide_at_once(extracted, gold)
 
     def is_same(self, extracted: str, gold: str) -> bool:
         raise NotImplementedError

@@ -10,13 +10,13 @@ from typing import NamedTuple, Self
 
 from megatron_nft.config import RuleConfig, VerifyConfig
 from megatron_nft.rollout.groups import Judgement, Verdict
+from megatron_nft.rollout.tally import MAX_EXAMPLES
 from megatron_nft.verify.pool import Pool
 from megatron_nft.verify.rules import rule_of
 from megatron_nft.verify.tasks import Task
 
 MAX_CACHED = 2**15  # judgements
 MAX_WAITING = 2**14  # answers; who has more waits
-MAX_EXAMPLES = 5
 EXCERPT_CHARS = 80
 
 
