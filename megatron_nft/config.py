@@ -184,6 +184,7 @@ class CheckpointConfig:
     every: int = 2  # rollouts; 0: only at the end
     keep: int = 2  # the newest
     best: str = ""  # keep the best too, by accuracy (mean of the sets) | eval/<set>/accuracy
+    in_background: bool = True  # write it while the run goes on, from a copy in host memory
     check_export: bool = False  # compare the exported model's log-probabilities by transformers
 
 

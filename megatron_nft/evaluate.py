@@ -6,6 +6,7 @@ from megatron_nft.config import Config
 from megatron_nft.rollout.collect import ask
 from megatron_nft.rollout.engine import Engine, Sampling
 from megatron_nft.rollout.groups import Problem
+from megatron_nft.verify.share import check_rate
 from megatron_nft.verify.verifier import Verifier
 
 EvaluationSet = tuple[str, Sequence[Problem], int]  # name, problems, answers a problem
@@ -20,6 +21,9 @@ def evaluate(
     """`eval/<set>/accuracy` (correct / judged) and the rest for every set; collective.
 
     The same answers are drawn from the same weights at whatever step: the seed is the run's.
+
+    Raises:
+        RuntimeError: see check_rate.
     """
     metrics = {}
     for name, problems, samples in sets:
@@ -32,6 +36,8 @@ def evaluate(
         )
         tally = ask(engine, verifier, problems, [1.0] * len(problems), sampling).tally
         seen = tally.metrics()
+        rate = seen.get("unverifiable_rate", 0.0)
+        check_rate(f"eval/{name}", rate, config, tally.unverifiable)
         metrics[f"eval/{name}/accuracy"] = seen.pop("accuracy_all")
         metrics[f"eval/{name}/num_questions"] = tally.num_groups
         metrics |= {f"eval/{name}/{key}": value for key, value in seen.items()}

@@ -32,6 +32,9 @@ class MetricsLog:
 
     `metrics.jsonl` is the record; what follows `resume_after_step` in it (-1: everything) is cut
     off, because the resumed run writes those steps again. Records carry an increasing "step".
+
+    A full disk ends no run: records wait in memory until there is room, and a mirror that fails is
+    given up. `close` raises OSError where records are left.
     """
 
     def __init__(self, run_dir: Path, config: LoggingConfig, resume_after_step: int) -> None:
@@ -45,6 +48,7 @@ class MetricsLog:
         if wandb:
             self._mirrors.append(_WeightsAndBiases(wandb, run_dir, config))
         self._file = (run_dir / FILE_NAME).open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, record: Record) -> None:
         """Append one record; NaN and infinity become null, and `non_finite` counts them."""
@@ -56,18 +60,46 @@ class MetricsLog:
             logger.warning("step %d: not finite: %s", step, ", ".join(bad))
             record = record | {NON_FINITE: len(bad)}
         finite = record | dict.fromkeys(bad)
-        line = (json.dumps(finite, allow_nan=False) + "\n").encode()
-        if self._file.write(line) != len(line):  # one call: a kill tears the last line at most
-            raise OSError(f"{self._file.name}: could not write all of step {step}; disk full?")
+        self._unwritten += (json.dumps(finite, allow_nan=False) + "\n").encode()
+        try:
+            self._flush()
+        except OSError as error:
+            waiting = self._unwritten.count(b"\n")
+            logger.error("%s; make room, records that wait in memory: %d", error, waiting)
         self._last_step = step
         present = {k: v for k, v in record.items() if v is not None}
-        for mirror in self._mirrors:
+        for mirror in list(self._mirrors):
+            self._mirror(mirror, step, present)
+
+    def sync(self) -> None:
+        """Wait until the disk has all records; raises OSError where it takes them not."""
+        self._flush()
+        os.fsync(self._file.fileno())
+
+    def _flush(self) -> None:
+        while self._unwritten:  # one call a record: a kill tears the last line at most
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _mirror(self, mirror: "_Mirror", step: int, present: dict[str, float | int]) -> None:
+        try:
             mirror.write(step, present)
+        except OSError as error:
+            logger.error("%s: no more records from step %d on: %s", mirror.name, step, error)
+            self._mirrors.remove(mirror)
 
     def close(self, failed: bool = False) -> None:
-        self._file.close()
-        for mirror in self._mirrors:
+        try:
+            self._flush()
+        finally:
+            self._file.close()
+            for mirror in self._mirrors:
+                self._close_mirror(mirror, failed)
+
+    def _close_mirror(self, mirror: "_Mirror", failed: bool) -> None:
+        try:
             mirror.close(failed)
+        except OSError as error:
+            logger.error("%s: its last records were not written: %s", mirror.name, error)
 
     def __enter__(self) -> Self:
         return self
@@ -123,12 +155,16 @@ def peak_memory_gib() -> float:
 class _Mirror(Protocol):
     """Another place for the same numbers; values are present but may be NaN or infinite."""
 
+    name: str
+
     def write(self, step: int, values: dict[str, float | int]) -> None: ...
     def close(self, failed: bool) -> None: ...
 
 
 class _TensorBoard:
     """Scalars by tensorboard's own event writer, which needs no torch."""
+
+    name = "TensorBoard"
 
     def __init__(self, directory: Path, resume_after_step: int) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -162,6 +198,8 @@ class _WeightsAndBiases:
 
     W&B ignores steps that it already has, and a resumed run repeats the same numbers.
     """
+
+    name = "Weights & Biases"
 
     def __init__(self, wandb: ModuleType, run_dir: Path, config: LoggingConfig) -> None:
         id_file = run_dir / "wandb_id"

@@ -1,8 +1,9 @@
 """A scheduler's notice that the time is up: SIGTERM or SIGUSR1, to the training processes.
 
 The run then saves and leaves with a code that says "start me again". What takes its time and has
-nothing to save, sampling by engines of its own, is abandoned at once; what would be lost, a
-rollout's updates and its evaluation, is finished first, and so is what servers are sampling.
+nothing to save, sampling, is abandoned at once; what would be lost, a rollout's updates and its
+evaluation, is finished first. Servers are asked by rank 0: where the notice comes to other ranks
+alone, the batch that they are sampling is finished too.
 """
 
 import signal

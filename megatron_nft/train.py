@@ -48,15 +48,17 @@ def train(config: Config, notice: Notice) -> int:
                 return REQUEUE
             with suppress(Interrupted):
                 one_rollout(run)
+        run.finish_saving()
         run.export()
     return 0
 
 
 def one_rollout(run: Run) -> None:
     """Sample, judge, update; evaluate and save when due."""
-    config, timer, state = run.config, run.timer, run.state
     batch = run.collect()
     run.keep_answers(batch)
+    run.finish_saving(wait=False)
+    config, timer, state = run.config, run.timer, run.state
     with timer.phase("old_logp"):
         groups, drift = with_old_logp(run, batch.groups)
     step, record_ = state.step, {}
@@ -68,7 +70,7 @@ def one_rollout(run: Run) -> None:
         with timer.phase("update"):
             measured = run.updates.step(step, minibatch, lr)
         record_ = {"step": step, "rollout": state.rollout + 1, "lr": lr}
-        record_["steps_skipped"] = run.updates.num_skipped
+        record_["steps_skipped"] = run.updates.skipped.total
         if measured is None:
             continue
         record_ |= step_statistics(measured, minibatch, config.objective)
@@ -82,11 +84,11 @@ def one_rollout(run: Run) -> None:
     run.state = replace(state, accuracy=mean_accuracy(evaluated))
     seconds = {f"seconds/{name}": s for name, s in timer.seconds().items()}
     # the record before the checkpoint: a resumed run can cut a record, but not make up for one
-    run.log(run.engine_metrics() | record_ | seconds)
+    run.log(run.sampler.metrics() | record_ | seconds)
     timer.reset()
+    run.finish_saving(wait=False)  # counted with the next rollout
     if run.saves_after(run.state):
-        with timer.phase("checkpoint"):  # counted with the next rollout
-            run.save(evaluated)
+        run.save(evaluated)
 
 
 def with_old_logp(

@@ -5,14 +5,24 @@ Its batch is written out, to be looked at; too many in a row end the run.
 
 import logging
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_nft.policy.packing import Sequence
 from megatron_nft.policy.step import Policy
-from megatron_nft.rollout.records import write_sequences
+from megatron_nft.rollout.records import keep, write_sequences
 
 logger = logging.getLogger("megatron_nft")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """How many steps were left out."""
+
+    total: int = 0
+    in_a_row: int = 0  # up to now
 
 
 class Updates:
@@ -21,12 +31,18 @@ class Updates:
     Args:
         directory: where batches of steps that were left out go; None on ranks that write nothing.
         most_in_a_row: so many steps may be left out one after the other.
+        skipped: so far, where the run is resumed.
     """
 
-    def __init__(self, policy: Policy, directory: Path | None, most_in_a_row: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        directory: Path | None,
+        most_in_a_row: int,
+        skipped: Skipped = Skipped(),
+    ) -> None:
         self._policy, self._directory, self._most = policy, directory, most_in_a_row
-        self.num_skipped = 0  # since this process started
-        self._num_in_a_row = 0
+        self.skipped = skipped
 
     def step(self, number: int, minibatch: Seq[Sequence], lr: float) -> dict[str, Any] | None:
         """What Policy.update measured; None where the step was left out, and nothing changed.
@@ -39,22 +55,20 @@ class Updates:
         except FloatingPointError as error:
             self._skip(number, minibatch, error)
             return None
-        self._num_in_a_row = 0
+        self.skipped = replace(self.skipped, in_a_row=0)
         return measured
 
     def _skip(self, number: int, minibatch: Seq[Sequence], error: FloatingPointError) -> None:
-        self.num_skipped += 1
-        self._num_in_a_row += 1
+        self.skipped = Skipped(self.skipped.total + 1, self.skipped.in_a_row + 1)
         where = "rank 0 has written its batch"
         if self._directory:
-            self._directory.mkdir(parents=True, exist_ok=True)
             path = self._directory / f"step_{number}.parquet"
-            write_sequences(path, minibatch)
-            where = f"its batch is in {path}"
+            is_kept = keep(path, partial(write_sequences, sequences=minibatch))
+            where = f"its batch is in {path}" if is_kept else "its batch could not be written"
             logger.error("step %d was left out: %s; %s", number, error, where)
-        if self._num_in_a_row > self._most:
+        if self.skipped.in_a_row > self._most:
             raise FloatingPointError(
-                f"{self._num_in_a_row} steps in a row were not finite, "
+                f"{self.skipped.in_a_row} steps in a row were not finite, "
                 f"optimizer.max_skipped_steps is {self._most}; the last, step {number}: {error}; "
                 f"{where}"
             ) from error

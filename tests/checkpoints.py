@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ LAYOUTS = {
     "TP2": ParallelConfig(tensor=2),
     "PP2": ParallelConfig(pipeline=2),
     "DP2": ParallelConfig(),
+    "TP2, plain": ParallelConfig(tensor=2, distributed_optimizer=False),
 }
 MOVES = (("TP2", "TP1"), ("TP1", "TP2"), ("TP2", "DP2"), ("DP2", "TP2"), ("PP2", "TP2"))
 STATE = RunState(rollout=1, step=7, position=5, accuracy=0.25)
@@ -89,18 +91,38 @@ def resumed(model: Path, folder: Path, layout: str) -> tuple[RunState, dict[str,
 
 
 def saves_twice(model: Path, folder: Path) -> dict[str, Any]:
-    """Weights when they were saved, after a first and a second step, and from each checkpoint."""
-    policy = new_policy(model, "TP2")
+    """Weights when they were saved, after a first and a second step, and from each checkpoint.
+
+    Both are written in the background, after the policy has made its next step. Without the
+    distributed optimizer what is saved is the policy's own tensors, not gathered copies.
+    """
+    policy = new_policy(model, "TP2, plain")
     saved, loaded = [], []
+    next_step(policy, seed=1)
     for rollout in (1, 2):
-        next_step(policy, seed=rollout)
         saved.append(weights_of(policy))
-        checkpoint.save(folder, policy, RunState(rollout=rollout), keep=2)
+        with writing_held_back() as is_stepped:
+            begun = checkpoint.begin(folder, policy, RunState(rollout), in_background=True)
+            assert not begun.written.done()
+            next_step(policy, seed=rollout + 1)
+            is_stepped.set()
+            checkpoint.finish(begun, keep=2)
     for rollout in (1, 2):
-        policy = new_policy(model, "TP2")
+        policy = new_policy(model, "TP2, plain")
         checkpoint.load(folder / f"rollout_{rollout}", policy)
         loaded.append(weights_of(policy))
     return {"saved": saved, "loaded": loaded, "next": next_step(policy, seed=3)}
+
+
+@contextmanager
+def writing_held_back() -> Iterator[threading.Event]:
+    """No shard is written until the event is set."""
+    from megatron_nft.policy import shards
+
+    may_write, write = threading.Event(), shards.write
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write", lambda plan: may_write.wait(60) and write(plan))
+        yield may_write
 
 
 def attempt(save: Callable[[], None]) -> str:
@@ -278,8 +300,8 @@ def a_run_with_a_best_checkpoint(root: Path) -> dict[int, tuple[list[str], str, 
     from megatron_nft.train import one_rollout
 
     class ThoughtUp(Run):
-        def _start_engine(self) -> None:
-            return None
+        def _start_engine(self, tokenizer: Any) -> None:
+            pass
 
         def evaluate(self) -> dict[str, float]:
             return {"eval/sums/accuracy": ACCURACIES[self.state.rollout]}
@@ -290,6 +312,7 @@ def a_run_with_a_best_checkpoint(root: Path) -> dict[int, tuple[list[str], str, 
         with ThoughtUp(config, Notice()) as run_:
             while run_.state.rollout < last:
                 one_rollout(run_)
+                run_.finish_saving()
                 link = folder / "best"
                 target = os.readlink(link) if link.is_symlink() else ""
                 names = [n for n in names_in(folder) if n != "best"]

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from megatron_nft.notice import Interrupted
 from megatron_nft.rollout.ahead import Ahead
 from megatron_nft.rollout.collect import Batch
 
@@ -79,6 +80,29 @@ def test_closing_makes_nothing_more_and_waits_for_what_is_being_made() -> None:
     maker.may.set()
     ahead.close()
     assert maker.made in ([], [1])
+
+
+def test_what_is_given_up_leaves_what_was_made() -> None:
+    begun, stopped = threading.Event(), threading.Event()
+
+    def make(rollout: int) -> Batch:
+        if rollout > 1:
+            begun.set()
+            assert stopped.wait(10)
+            raise Interrupted
+        return Batch([rollout], None)
+
+    ahead = Ahead(make)
+    for rollout in (1, 2, 3):
+        ahead.start(rollout)
+    assert begun.wait(10)
+    assert ahead.take(2, is_over=lambda: True) is None  # it stays
+    ahead.abandon(stopped.set)
+    assert ahead.settle().keys() == {1}
+    assert (2 in ahead, 3 in ahead) == (False, False)
+    ahead.abandon(lambda: None)
+    assert ahead.take(1).groups == [1]
+    ahead.close()
 
 
 def test_what_making_raised_is_raised_where_it_is_taken() -> None:

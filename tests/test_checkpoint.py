@@ -109,6 +109,13 @@ def test_the_second_save_is_another_and_both_can_be_resumed(done: list[dict[str,
 
 
 @pytest.mark.processes
+def test_replicas_share_the_writing(root: Path, done: list[dict[str, Any]]) -> None:
+    path = root / "saved" / "DP2" / "rollout_1"
+    sizes = [sum(f.stat().st_size for f in path.glob(f"__{rank}_*.distcp")) for rank in (0, 1)]
+    assert 0.4 < sizes[0] / sum(sizes) < 0.6
+
+
+@pytest.mark.processes
 def test_a_run_can_be_saved_before_its_first_step(done: list[dict[str, Any]]) -> None:
     assert_same_step(done[0]["first step, resumed"], done[0]["first step"])
 
@@ -267,7 +274,7 @@ def test_a_rank_that_cannot_write_fails_the_save_for_all(done: list[dict[str, An
 def test_a_full_disk_fails_the_save_and_nothing_else(
     root: Path, done: list[dict[str, Any]]
 ) -> None:
-    shards = (root / "twice" / "rollout_1").glob("*.distcp")  # of the same model and layout
+    shards = (root / "failing" / "rollout_1").glob("*.distcp")  # of the same model and layout
     shard_bytes = sum(path.stat().st_size for path in shards)
     for found in (one["disk"] for one in done):
         if found is None:

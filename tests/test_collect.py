@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from megatron_nft.config import RolloutConfig
+from megatron_nft.notice import Interrupted
 from megatron_nft.rollout.collect import Asked, Collector, ask
 from megatron_nft.rollout.colocated import _share
 from megatron_nft.rollout.engine import Answers, Sampling, seed_of
@@ -135,6 +137,26 @@ def test_surplus_can_be_thrown_away_as_the_official_code_does() -> None:
     assert [sampler.batch()[0] for _ in range(2)] == [[0, 1, 2, 3], [6, 7, 8, 9]]
 
 
+def test_a_batch_that_is_given_up_is_asked_again_from_its_beginning() -> None:
+    """Its second ask is interrupted: surplus, questions and what was cut off are as before."""
+    sampler = Sampler("+-+-", cut=1, questions_asked=6)
+    sampler.batch()
+    collector, ask_ = sampler.collector, sampler.ask
+    before = collector._order.position, ids([g.problem for g in collector.surplus]), collector.cut
+
+    def interrupted(problems: Sequence[Problem], expected: Sequence[float], attempt: int) -> Asked:
+        if attempt:
+            raise Interrupted
+        return replace(ask_(problems, expected, attempt), mixed=[])
+
+    sampler.asked = []
+    with pytest.raises(Interrupted):
+        collector.batch(interrupted, 0)
+    after = collector._order.position, ids([g.problem for g in collector.surplus]), collector.cut
+    assert after == before
+    assert len(sampler.asked) == 1
+
+
 def test_questions_that_were_cut_off_are_asked_first_the_next_time() -> None:
     sampler = Sampler("+-+-", cut=2, questions=8, keep_surplus=False)
     assert sampler.batch()[0] == [0, 1, 2, 3, 4, 5, 6, 7]
@@ -207,6 +229,7 @@ def test_a_short_batch_stops_the_run_with_the_accuracies_seen() -> None:
 def test_data_without_a_mixed_group_is_reported_not_trained_on(
     verdicts: tuple[str, ...], histogram: str, on_short_batch: str
 ) -> None:
+    """Row 17 of field_failures: the accuracies seen are told, and what may be done."""
     sampler = Sampler(*verdicts, on_short_batch=on_short_batch)
     with pytest.raises(RuntimeError, match="gave 0 groups with right and wrong") as raised:
         sampler.batch()

@@ -171,6 +171,7 @@ def _noting(calls: list[str], name: str, function: Any) -> Any:
 
 @pytest.mark.processes
 def test_an_engine_sleeps_until_weights_come(tmp_path: Path) -> None:
+    """Row 16 of field_failures as well: what a sleep gives back is measured, at every one."""
     path = save_tokenizer(save_qwen2(tmp_path / "model", hidden_size=128))
     [found] = run(_sleep_and_wake, 1, path)
     assert found["awake"] == ["collective_rpc receive", "reset_prefix_cache"]

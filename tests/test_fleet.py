@@ -1,6 +1,7 @@
 """A server that comes back while weights change under it. Real ones: test_remote.py."""
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -215,7 +216,7 @@ def _ask(*are_good: bool, num_gone: int = 0) -> tuple[dict[int, list[Answer]], C
             member.lose = lambda trouble: None  # and back
         questions = {i: Question([1], {}) for i in range(20)}
         try:
-            asking = Asking(fleet, questions, 20, 2, counts, lambda *_: None)
+            asking = Asking(fleet, questions, 20, 2, counts, lambda *_: None, threading.Event())
             return await asking.run(), counts
         finally:
             await fleet.close()

@@ -1,8 +1,11 @@
 import json
 import math
+import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,45 @@ def test_a_start_from_scratch_cuts_everything(tmp_path: Path) -> None:
     log(tmp_path, {"step": 0, "eval/a/accuracy": 0.1}, {"step": 1})
     log(tmp_path, {"step": 0, "eval/a/accuracy": 0.2})
     assert read_metrics(tmp_path) == [{"step": 0, "eval/a/accuracy": 0.2}]
+
+
+@contextmanager
+def no_room_behind(file: Path, num_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond so many bytes more than this one has."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_records_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path, LoggingConfig(), -1) as metrics:
+        metrics.write({"step": 0, "loss": 0.5})
+        with no_room_behind(file, num_bytes=6):
+            metrics.write({"step": 1, "loss": 0.25})
+            metrics.write({"step": 2, "loss": 0.125})
+            with pytest.raises(OSError, match="File too large"):
+                metrics.sync()
+        assert read_metrics(tmp_path) == [{"step": 0, "loss": 0.5}]  # and six bytes of the next
+        metrics.sync()
+        assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2]
+        metrics.write({"step": 3, "loss": 0.0})
+    assert [r.get("loss") for r in read_metrics(tmp_path)] == [0.5, 0.25, 0.125, 0.0]
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert "records that wait in memory: 1" in errors[0]
+    assert any("TensorBoard: no more records from step" in error for error in errors)
+
+
+def test_records_that_found_no_room_until_the_end_are_an_error(tmp_path: Path) -> None:
+    metrics = MetricsLog(tmp_path, FILE_ONLY, -1)
+    metrics.write({"step": 0})
+    with no_room_behind(tmp_path / "metrics.jsonl", num_bytes=0):
+        metrics.write({"step": 1})
+        with pytest.raises(OSError, match="File too large"):
+            metrics.close()
 
 
 def test_steps_must_increase(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def test_drift_of_an_update_is_of_what_its_own_version_sampled() -> None:
 
 
 def test_a_run_stops_above_the_limit() -> None:
+    """Row 13 of field_failures: trainer and engine drift apart until the run collapses."""
     found = {"logp_delta_mean": 0.51, "logp_delta_max": 7.0}
     with pytest.raises(RuntimeError, match=r"drift.stop is 0.5.*raise drift.stop"):
         old_logp.act_on(found, DriftConfig())

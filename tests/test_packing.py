@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_nft.policy.balance import deal
 from megatron_nft.policy.packing import (
     MicroBatch,
     RowLayout,
@@ -141,6 +142,31 @@ def test_an_importance_of_another_length_is_no_importance() -> None:
     first, *others = SEQUENCES
     with pytest.raises(RuntimeError, match="must match"):
         micro_batch([replace(first, importance=np.ones(3)), *others], [1.0] * 3, CPU, RowLayout())
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_a_group_s_accuracy_is_that_of_all_its_answers_wherever_they_go(num_ranks: int) -> None:
+    """Row 18 of field_failures: it was wrong once a group was sharded or reordered."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for number in range(6):
+        verdicts = [Verdict.CORRECT] * (number + 1) + [Verdict.WRONG] * (7 - number)
+        answers = tuple(
+            _response([number] * int(rng.integers(1, 30)), verdict)
+            for verdict in rng.permutation(np.array(verdicts, object))
+        )
+        groups.append(Group(Problem(str(number), np.array([number], np.int32), "7", "t"), answers))
+    sequences = sequences_of(groups)
+    lengths = [s.num_tokens for s in sequences]
+    seen = np.zeros(6, int)
+    for rank in deal(lengths, num_ranks, budget=64):
+        for indices in rank:
+            chosen = [sequences[i] for i in indices]
+            packed = micro_batch(chosen, [1.0] * len(chosen), CPU, RowLayout())
+            numbers = packed.targets.tolist()  # every token of an answer is its group's number
+            assert packed.batch.group_accuracy.tolist() == [(n + 1) / 8 for n in numbers]
+            np.add.at(seen, [s.response[0] for s in chosen], 1)
+    assert seen.tolist() == [8] * 6
 
 
 def _response(tokens: list[int], verdict: Verdict | None, version: int = 0) -> Response:

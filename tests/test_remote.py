@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_conversion.digest import digest
 from megatron_nft.config import ParallelConfig, RolloutConfig
+from megatron_nft.notice import Interrupted
 from megatron_nft.rollout import servers, transfer
 from megatron_nft.rollout.client import Client, ServerError, Unreachable
 from megatron_nft.rollout.engine import Answers, Sampling
@@ -438,6 +439,9 @@ def test_a_server_of_another_process_that_dies(
         _load(sending, models[2], version=2)  # both workers are in step after a failure of both
     assert sending.counts["engine_restarts"] == 1
     _load(sending, models[1], version=3)
+    threading.Timer(0.2, sending.abandon).start()
+    with pytest.raises(Interrupted):
+        _generate(sending)
     sending.close()
     with pytest.raises(ValueError, match=r"(?s)takes 2048 tokens.*--max-model-len 4096"):
         RemoteEngine(models[0], engine._tokenizer, options, "float32", 4096, 0, tmp_path)

@@ -181,7 +181,7 @@ def _step_that_is_not_finite(path: Path, layout: ParallelConfig, field: str) -> 
     return {
         "first": first,
         "error": error,
-        "num_skipped": updates.num_skipped,
+        "num_skipped": updates.skipped.total,
         "files": sorted(folder.iterdir()) if folder.exists() else [],
         "untouched": untouched,
         "weights": weights_of(policy),

@@ -1,13 +1,14 @@
 """The command `megatron-nft train` with vLLM servers: in turns, ahead, in flight, resumed."""
 
 import shutil
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from runs import lasting, train
+from runs import command, lasting, train
 
 from megatron_nft.metrics import read_metrics
 
@@ -61,11 +62,28 @@ def test_sampling_ahead_is_one_rollout_old_and_resumes(root: Path) -> None:
     assert_same(lasting(resumed), lasting(through), rel=1e-3)  # engines round as batches fall
 
 
-def test_weights_in_flight(root: Path) -> None:
+def notice_after(num_records: int, run_dir: Path, *arguments: str) -> None:
+    """A run with servers is told to stop, and does so without waiting for what they sample."""
+    started = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    file = run_dir / "metrics.jsonl"
+    while started.poll() is None and not (
+        file.exists() and file.read_bytes().count(b"\n") >= num_records
+    ):
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    out, _ = started.communicate(timeout=120)
+    assert started.returncode == 85, out.decode()
+    assert len(list((run_dir / "checkpoints").glob("rollout_?"))) >= 1
+    assert not (run_dir / "hf").exists()
+
+
+def test_weights_in_flight_and_a_scheduler_s_notice(root: Path) -> None:
     run_dir = root / "in-flight"
     changed = ["rollout.in_flight_updates=true", "rollout.max_steps_off_policy=2"]
     changed += ["rollout.weight_transfer=gloo"]
-    train(root / "recipe.yaml", f"run_dir={run_dir}", *AHEAD[:-1], *changed)
+    arguments = [f"run_dir={run_dir}", *AHEAD[:-1], *changed]
+    notice_after(4, run_dir, *command(root / "recipe.yaml", *arguments))
+    train(root / "recipe.yaml", *arguments)
     records = read_metrics(run_dir)
     assert [r["step"] for r in records] == list(range(9))
     steps = of_rollouts(run_dir, "steps_off_policy_max")
@@ -80,9 +98,9 @@ def test_a_run_that_fails_while_it_samples_ahead_ends_with_all_it_started(
     run_dir = root / "failing"
     changed = ["rollout.in_flight_updates=true", "rollout.max_steps_off_policy=2"]
     changed += ["optimizer.lr=1e30", "evaluate.every=0"]  # no number is left after one update
-    command = [sys.executable, "-m", "megatron_nft", "train", str(root / "recipe.yaml")]
-    command += [f"run_dir={run_dir}", *AHEAD[:-1], *changed]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    changed += ["optimizer.max_skipped_steps=0"]
+    arguments = command(root / "recipe.yaml", f"run_dir={run_dir}", *AHEAD[:-1], *changed)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "FloatingPointError" in done.stderr
     lines = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout

@@ -1,14 +1,16 @@
 """Save and resume: Megatron-Core's distributed checkpoint of the policy and its optimizer.
 
-A checkpoint appears under its name when all of it is on the disk (checkpoint_files.py); a resume
-takes the newest that still is what was written. What a file system refuses to one rank, all ranks
-know of.
+A checkpoint is begun with a copy of the state, which may be written while the policy goes on, and
+appears under its name when all of it is on the disk (checkpoint_files.py). A resume takes the
+newest that still is what was written. What a file system refuses to one rank, all ranks know of.
 """
 
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 
 from checkpoints_conversion.hf_writer import carry_over
 from checkpoints_conversion.megatron_names import HF_FILES, RUN_STATE
@@ -44,6 +45,11 @@ class RunState:
     best_metric: str = ""  # checkpoint.best when best_value was found
     best_value: float = 0.0
     best_rollout: int = 0  # whose checkpoint is the best; 0: none yet
+    steps_skipped: int = 0  # see updates.py
+    skipped_in_a_row: int = 0
+
+
+OF_THE_BEST = ("best_metric", "best_value", "best_rollout")  # fields of a RunState
 
 
 def with_best(directory: Path, state: RunState, metric: str, value: float | None) -> RunState:
@@ -85,16 +91,38 @@ def check(policy: Policy) -> None:
         )
 
 
-def save(
+@dataclass(frozen=True)
+class Unfinished:
+    """A checkpoint that is being written."""
+
+    path: Path  # where it is to be
+    content: dict[str, Any]  # of its marker
+    plan: shards.Plan
+    written: Future[shards.Written]  # this rank's part
+
+    @property
+    def state(self) -> RunState:
+        return RunState(**self.content["state"])
+
+    @property
+    def partial(self) -> Path:
+        """Where it is written."""
+        return files.named(self.path, files.PARTIAL)
+
+
+def begin(
     directory: Path,
     policy: Policy,
     state: RunState,
-    keep: int,
     add: Callable[[Path], None] = lambda _: None,
-) -> None:
-    """Write `directory/rollout_N`, then drop all but the newest `keep` and the best.
+    *,
+    in_background: bool = False,
+) -> Unfinished:
+    """Begin `directory/rollout_N`, for `finish` to complete; collective.
 
-    Collective. `add` writes more into the directory, on rank 0 and before it is complete.
+    Args:
+        add: writes more into the directory, on rank 0 and at once.
+        in_background: a thread writes, from a copy in host memory, and the policy may change.
 
     Raises:
         CheckpointError: the file system has no room, or refused something; nothing has changed but
@@ -102,18 +130,49 @@ def save(
     """
     check(policy)
     path = files.path_of(directory, state.rollout)
-    try:
-        unfinished = _on_main(partial(files.begin, path))
-        plan = shards.plan(training_state.sharded(policy), unfinished, training_state.METADATA)
+    content = {"state": asdict(state), "parallel": asdict(policy.config.parallel)}
+    with _given_up_together(path):
+        partial_path = _on_main(partial(files.begin, path))
+        plan = shards.plan(training_state.sharded(policy), partial_path, training_state.METADATA)
         _on_main(partial(files.check_room, directory, shards.total_bytes(plan)))
-        written = _to_main(shards.write(plan))
-        _on_main(lambda: _complete(policy, state, plan, written, unfinished, add))
-        _on_main(partial(files.publish, unfinished, path))
-    except CheckpointError as error:
-        raise CheckpointError(_on_main(partial(_give_up, path, str(error)))) from error
+        _on_main(lambda: _add_more(partial_path, policy, add))
+    shards.stage(plan, copies=in_background)
+    if in_background:
+        thread = ThreadPoolExecutor(1, "checkpoint")
+        written = thread.submit(shards.write, plan)
+        thread.shutdown(wait=False)
+    else:
+        written = Future()
+        written.set_result(shards.write(plan))
+    return Unfinished(path, content, plan, written)
+
+
+def finish(unfinished: Unfinished, keep: int) -> None:
+    """Give a checkpoint its name, then drop all but the newest `keep` and the best; collective.
+
+    Waits until it is written.
+
+    Raises:
+        CheckpointError: see begin.
+    """
+    with _given_up_together(unfinished.path):
+        written = _to_main(unfinished.written.result())
+        _on_main(lambda: _complete(unfinished, written))
+        _on_main(partial(files.publish, unfinished.partial, unfinished.path))
     if dist.get_rank() == 0:
-        _tidy(directory, state, keep)
+        _tidy(unfinished.path.parent, unfinished.state, keep)
     dist.barrier()
+
+
+def save(
+    directory: Path,
+    policy: Policy,
+    state: RunState,
+    keep: int,
+    add: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Begin and finish."""
+    finish(begin(directory, policy, state, add), keep)
 
 
 def latest(directory: Path) -> tuple[Path, RunState] | None:
@@ -147,26 +206,26 @@ def latest(directory: Path) -> tuple[Path, RunState] | None:
 def load(path: Path, policy: Policy) -> None:
     """Restore the policy's weights and its optimizer; collective."""
     wanted = training_state.sharded(policy, is_loading=True)
-    training_state.restore(policy, dist_checkpointing.load(wanted, str(path)))
+    training_state.restore(policy, shards.load(wanted, path))
 
 
-def _complete(
-    policy: Policy,
-    state: RunState,
-    plan: shards.Plan,
-    written: list[shards.Written],
-    path: Path,
-    add: Callable[[Path], None],
-) -> None:
-    """Write what rank 0 writes, the marker last, unless a rank could not write its part."""
+def _complete(unfinished: Unfinished, written: list[shards.Written]) -> None:
+    """Write the index and then the marker, unless a rank could not write its part."""
     if errors := [one.error for one in written if one.error]:
         raise CheckpointError("; ".join(errors))
-    shards.write_index(plan, path, written)
-    _add_model_files(path, Path(policy.config.model.path))
-    add(path)
+    path = unfinished.partial
+    shards.write_index(unfinished.plan, path, written)
     known = {name: file for one in written for name, file in one.files.items()}
-    content = {"state": asdict(state), "parallel": asdict(policy.config.parallel)}
-    files.write_marker(path, content, files.describe_all(path, known))
+    files.write_marker(path, unfinished.content, files.describe_all(path, known))
+
+
+@contextmanager
+def _given_up_together(path: Path) -> Iterator[None]:
+    """Where a block raises CheckpointError, which it does on all ranks, tidy up and say more."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(_on_main(partial(_give_up, path, str(error)))) from error
 
 
 def _tidy(directory: Path, state: RunState, keep: int) -> None:
@@ -251,7 +310,12 @@ def _to_main(value: Any) -> list[Any]:
     return gathered or []
 
 
-def _add_model_files(path: Path, source: Path) -> None:
+def _add_more(path: Path, policy: Policy, add: Callable[[Path], None]) -> None:
+    _add_model_files(path, policy)
+    add(path)
+
+
+def _add_model_files(path: Path, policy: Policy) -> None:
     """Configuration and tokenizer, so that a checkpoint can be converted by itself."""
     (path / HF_FILES).mkdir()
-    carry_over(source, path / HF_FILES)
+    carry_over(Path(policy.config.model.path), path / HF_FILES)

@@ -3,6 +3,8 @@
 Megatron's own save leaves the other ranks waiting for ever where rank 0 cannot write the index, as
 on a full disk. Here its plan, its writer and its index are used one by one, and a rank that fails
 between two collectives says so in the next one.
+
+What several data-parallel ranks hold, each of them writes and reads a part of.
 """
 
 from dataclasses import dataclass, field
@@ -11,11 +13,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import (
+    TorchDistLoadShardedStrategy,
+    TorchDistSaveShardedStrategy,
+)
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -56,12 +65,12 @@ class Written:
 
 
 def plan(state: dict[str, Any], path: Path, metadata: dict[str, Any]) -> Plan:
-    """Lay the state out over the ranks and their files; nothing is written. Collective."""
+    """Lay the state out over the ranks and their files; no tensor is written. Collective."""
     made = Plan()
     dist_checkpointing.save(
         state,
         str(path),
-        made,
+        FullyParallelSaveStrategyWrapper(made, _replicas()),
         content_metadata=metadata,
         async_sharded_save=True,
         async_strategy="mcore",
@@ -76,10 +85,30 @@ def total_bytes(made: Plan) -> int:
     return int(total.item())
 
 
+def stage(made: Plan, *, copies: bool) -> None:
+    """Bring what this rank writes into host memory.
+
+    Args:
+        copies: of everything, so that the policy may go on; else tensors of the host are shared.
+    """
+
+    def staged(tensors: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Tensor]]:
+        return [(item, tensor.to("cpu", copy=copies)) for item, tensor in tensors]
+
+    made.writer.write_buckets = [
+        (path, name, (objects, staged(tensors)))
+        for path, name, (objects, tensors) in made.writer.write_buckets
+    ]
+
+
 def write(made: Plan) -> Written:
-    """Write this rank's files, and wait until the disk has them; an error is returned."""
+    """Write this rank's files, and wait until the disk has them; an error is returned.
+
+    In any thread, after `stage`; the tensors are let go.
+    """
     written, writer = Written(), made.writer
-    for bucket in writer.preload_tensors(writer.write_buckets):
+    while writer.write_buckets:
+        bucket = writer.write_buckets.pop(0)
         path, name, _ = bucket
         # without queues it returns what it did, or the exception that ended it
         _, outcome = writer.write_preloaded_data(
@@ -93,6 +122,17 @@ def write(made: Plan) -> Written:
         except OSError as error:
             return Written(error=f"{path}: {error}")
     return written
+
+
+def load(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The state as it was saved, in the place of what it holds. Collective."""
+    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replicas())
+    return dist_checkpointing.load(state, str(path), strategy)
+
+
+def _replicas() -> dist.ProcessGroup:
+    """The ranks that hold the same weights, between them all of the optimizer's state."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def write_index(made: Plan, path: Path, written: list[Written]) -> None:

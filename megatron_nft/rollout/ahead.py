@@ -5,6 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from megatron_nft.rollout.collect import Batch
 
+LOOK_EVERY_S = 0.5
+
 
 class Ahead:
     """One thread that makes batches, one after the other, in the order they were asked for.
@@ -31,9 +33,13 @@ class Ahead:
         self._batches[rollout] = Future()
         self._batches[rollout].set_result(batch)
 
-    def take(self, rollout: int) -> Batch:
-        """Wait for a batch; raises what making it raised."""
+    def take(self, rollout: int, is_over: Callable[[], bool] = lambda: False) -> Batch | None:
+        """Wait for a batch; raises what making it raised. None once `is_over`: it stays."""
         self.start(rollout)
+        future = self._batches[rollout]
+        while not wait([future], LOOK_EVERY_S).done:
+            if is_over():
+                return None
         return self._batches.pop(rollout).result()
 
     def settle(self) -> dict[int, Batch]:
@@ -43,6 +49,13 @@ class Ahead:
         """
         wait(self._batches.values())
         return {r: future.result() for r, future in self._batches.items() if not future.exception()}
+
+    def abandon(self, stop: Callable[[], object]) -> None:
+        """Have nothing more made; `stop` lets what is being made fail. What was made stays."""
+        begun = {r: future for r, future in self._batches.items() if not future.cancel()}
+        stop()
+        wait(begun.values())
+        self._batches = {r: future for r, future in begun.items() if not future.exception()}
 
     def cancel(self) -> None:
         """Make nothing more; what is being made goes on until its engine ends."""

@@ -1,10 +1,12 @@
 """One batch of questions, asked of whichever servers live until enough are answered."""
 
 import asyncio
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from megatron_nft.notice import Interrupted
 from megatron_nft.rollout.client import Answer, Params, ServerError
 from megatron_nft.rollout.fleet import Fleet, Member
 
@@ -37,6 +39,7 @@ class Asking:
         counts: `questions_asked_again` is kept up in it.
         tell: called with a question's number and answers once they are there, once each, in a
             thread of its own.
+        abandoned: once it is set, nothing more is asked.
     """
 
     def __init__(
@@ -47,9 +50,10 @@ class Asking:
         num_at_once: int,
         counts: Counter[str],
         tell: Callable[[int, list[Answer]], None],
+        abandoned: threading.Event,
     ) -> None:
         self._fleet, self._questions, self._counts = fleet, questions, counts
-        self._tell = tell
+        self._tell, self._abandoned = tell, abandoned
         self._enough, self._num_at_once = enough, num_at_once
         self._waiting = deque(questions)
         self._running: dict[asyncio.Task[list[Answer]], tuple[int, Member]] = {}
@@ -57,9 +61,11 @@ class Asking:
         self._answered: dict[int, list[Answer]] = {}
 
     async def run(self) -> dict[int, list[Answer]]:
-        """The answers by question. Raises RuntimeError: see RemoteEngine.generate."""
+        """The answers by question. Raises as RemoteEngine.generate does."""
         try:
             while len(self._answered) < self._enough:
+                if self._abandoned.is_set():
+                    raise Interrupted
                 self._fleet.check()
                 self._hand_out()
                 await self._hear()

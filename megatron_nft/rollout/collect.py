@@ -57,9 +57,18 @@ class Collector:
         comes first, unless weights before version `oldest` sampled it.
 
         Raises:
+            Interrupted: sampling was abandoned; the next batch begins where this one did.
             RuntimeError: no mixed group at all within `max_asks`, or too few of them where
                 `on_short_batch` is stop; the message holds the accuracies seen.
         """
+        before = self._order.position, self.surplus, self.cut
+        try:
+            return self._batch(ask, oldest)
+        except Interrupted:
+            self._order.position, self.surplus, self.cut = before
+            raise
+
+    def _batch(self, ask: Ask, oldest: int) -> Batch:
         options, tally = self._options, Tally()
         kept = [group for group in self.surplus if group.version >= oldest]
         self.surplus = []

@@ -1,6 +1,7 @@
 """Sampled groups in a file: a row an answer, its tokens, log-probabilities, seed and version."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,23 @@ SCHEMA = pa.schema(
         "verdict": pa.string(),
     }
 )
+
+
+logger = logging.getLogger(__name__)
+
+
+def keep(path: Path, write: Callable[[Path], None]) -> bool:
+    """Write a file that no run depends on, whole or not at all; False, and a word, if it cannot."""
+    unfinished = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        logger.error("%s was not written: %s; the run goes on", path, error)
+        return False
+    return True
 
 
 def write_groups(path: Path, groups: Iterable[Group]) -> None:

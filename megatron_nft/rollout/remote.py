@@ -88,6 +88,7 @@ class RemoteEngine:
         self._fleet: Fleet | None = None
         self._thread: threading.Thread | None = None
         self._closing, self._is_closed = threading.Lock(), False
+        self._abandoned = threading.Event()
         if dist.is_initialized() and dist.get_rank() != 0:
             return
         self._loop = asyncio.new_event_loop()
@@ -108,6 +109,7 @@ class RemoteEngine:
         """See Engine; of process 0 alone, in any thread.
 
         Raises:
+            Interrupted: see abandon.
             RuntimeError: every server is lost and none comes back, one refuses a question, or a
                 question is lost again and again.
         """
@@ -124,8 +126,14 @@ class RemoteEngine:
             responses[number] = tuple(self._response(a, seed) for a in answers)
             hear(number, responses[number])
 
-        asking = Asking(self._fleet, questions, enough, num_at_once, self.counts, tell)
+        asking = Asking(
+            self._fleet, questions, enough, num_at_once, self.counts, tell, self._abandoned
+        )
         return [(i, responses[i]) for i in sorted(self._call(asking.run()))]
+
+    def abandon(self) -> None:
+        """Ask nothing more: generate raises Interrupted, in whatever thread it is waited for."""
+        self._abandoned.set()
 
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int

@@ -13,6 +13,8 @@ from megatron_nft.verify.verifier import Verifier
 
 def start_verifier(config: Config, on_progress: Callable[[], object]) -> Verifier | None:
     """Judges only where answers arrive; the cores of a machine are shared by its processes."""
+    if config.objective.name == "sft" and not config.evaluate.sets:
+        return None
     is_remote = config.rollout.engine == "remote"
     if dist.get_rank() % (dist.get_world_size() if is_remote else config.rollout.tensor):
         return None
