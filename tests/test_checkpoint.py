@@ -161,10 +161,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda p: edit_marker(p, lambda t: t.replace('"position": 0', '"position": 8')),
         "complete.json cannot be read: it has other bytes",
     ),
-    "an unknown state": (
-        lambda p: edit_marker(p, lambda _: '{"state": {"phase": 3}}'),
-        "another version of this program",
-    ),
     "a missing shard": (lambda p: (p / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
     "a truncated shard": (
         lambda p: os.truncate(p / "__0_0.distcp", 1000),
@@ -198,6 +194,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(
     caplog.clear()
     assert checkpoint.latest(two)[1].rollout == 1
     assert not caplog.records  # it is said once
+
+
+@pytest.mark.processes
+def test_a_checkpoint_of_another_version_is_no_damaged_one(two: Path) -> None:
+    edit_marker(two / "rollout_2", lambda _: '{"state": {"rollout": 2, "phase": 3}}')
+    with pytest.raises(ValueError, match=r"rollout_2 is of another version.*its state has phase"):
+        checkpoint.latest(two)
+    assert names_in(two) == ["rollout_1", "rollout_2"]
 
 
 @pytest.mark.processes

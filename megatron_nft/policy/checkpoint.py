@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoints_conversion.hf_writer import carry_over
-from checkpoints_conversion.megatron_names import HF_FILES, RUN_STATE
+from checkpoints_conversion.megatron_names import HF_FILES
 from megatron_nft.policy import checkpoint_files as files
 from megatron_nft.policy import host, shards, training_state
 from megatron_nft.policy.checkpoint_files import Marker
@@ -181,15 +181,16 @@ def latest(directory: Path) -> tuple[Path, RunState] | None:
     Damaged ones that are newer lose their names, and are otherwise left as they are.
 
     Raises:
-        ValueError: all that there are are damaged.
+        ValueError: all that there are are damaged, or the newest is of another version of ours.
     """
     damaged: dict[Path, str] = {}
     paths, aside = _on_main(lambda: _survey(directory))
     for path in reversed(paths):
         marker, trouble = _look_at(path)
         if marker and not trouble:
+            state = _state_of(path, marker)
             _on_main(lambda: [files.set_aside(one) for one in damaged])
-            return path, RunState(**marker.state)
+            return path, state
         damaged[path] = trouble
         if dist.get_rank() == 0:
             logger.error("checkpoint %s is damaged: %s; trying the one before", path, trouble)
@@ -276,13 +277,18 @@ def _look_at(path: Path) -> tuple[Marker | None, str]:
 
 def _read_marker(path: Path) -> tuple[Marker | None, str]:
     try:
-        marker = files.read_marker(path)
-        RunState(**marker.state)
-        return marker, ""
+        return files.read_marker(path), ""
     except ValueError as error:
         return None, str(error)
-    except TypeError as error:
-        return None, f"{RUN_STATE} is of another version of this program ({error})"
+
+
+def _state_of(path: Path, marker: Marker) -> RunState:
+    if unknown := marker.state.keys() - {field.name for field in fields(RunState)}:
+        raise ValueError(
+            f"{path} is of another version of this program: its state has {', '.join(unknown)}; "
+            "go on with that version, or begin in another run_dir"
+        )
+    return RunState(**marker.state)
 
 
 def _on_main(function: Callable[[], Any]) -> Any:
