@@ -2,7 +2,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-processes lint format setup clean
+.PHONY: help demo test test-fast test-processes test-slurm lint format setup clean
 
 # Options for the demo or for pytest: make demo ARGS="--seed 1", make test-fast ARGS="-k losses".
 ARGS ?=
@@ -21,12 +21,16 @@ test: setup ## Run every check: lint, the fast unit tests, then the tests that s
 	@$(MAKE) --no-print-directory --keep-going lint test-fast test-processes
 
 test-fast: setup ## Run the fast unit tests; pytest options in ARGS
-	@OMP_NUM_THREADS=1 $(bin)/pytest -m "not processes" -n $(num_workers) $(ARGS)
+	@OMP_NUM_THREADS=1 $(bin)/pytest -m "not processes and not slurm" -n $(num_workers) $(ARGS)
 
 # pytest exits with 5 where it finds nothing to run: no failure here, as all tests may be fast ones.
 test-processes: setup
 	@grep -rqs "mark\.processes" tests || { echo "no test starts processes"; exit 0; }; \
 	$(bin)/pytest -m processes $(ARGS) || { status=$$?; [[ $$status == 5 ]] || exit $$status; }
+
+test-slurm: setup ## Launch runs on a real Slurm of this machine's, which is installed where root may
+	@launch/setup/slurm.sh
+	@$(bin)/pytest -m slurm $(ARGS) || { status=$$?; [[ $$status == 5 ]] || exit $$status; }
 
 lint: setup ## Check the code with ruff: rules, then formatting
 	@status=0; \

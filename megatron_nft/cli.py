@@ -1,4 +1,4 @@
-"""The command line: `megatron-nft demo|train|serve|convert|report`."""
+"""The command line: `megatron-nft demo|train|evaluate|launch|…`."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from checkpoints_conversion import commands as conversion
 from megatron_nft import __version__
+from megatron_nft.nodes import MEETING_PORT, Nodes
 
 DESCRIPTION = """\
 Negative-aware Fine-Tuning (NFT, arXiv 2505.18116): a language model learns from its own
@@ -16,7 +17,7 @@ verified answers, right and wrong."""
 
 def main() -> None:
     """Run one command; a mistake of the user's is one line and exit code 2."""
-    arguments = _parser().parse_args()
+    arguments = _arguments(_parser())
     try:
         sys.exit(arguments.run(arguments))
     except ValueError as error:
@@ -25,6 +26,17 @@ def main() -> None:
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Overrides may stand anywhere, also after options: argparse takes them in one place alone."""
+    arguments, rest = parser.parse_known_args()
+    strange = [word for word in rest if word.startswith("-") or "=" not in word]
+    if strange or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(strange or rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +68,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    several = train.add_argument_group("several nodes", "the same command on each of them")
+    several.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
+    several.add_argument(
+        "--node-rank", type=int, default=0, metavar="R", help="of this one: 0 to N - 1"
+    )
+    several.add_argument(
+        "--meeting",
+        default="",
+        metavar="HOST[:PORT]",
+        help=f"of node 0, which needs the next port too (default port: {MEETING_PORT})",
+    )
+    several.add_argument(
+        "--node-names", default="", metavar="A,B,…", help="by their rank, for messages"
+    )
+    several.add_argument(
+        "--start-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds until a node that did not come ends the others (default: %(default)g)",
+    )
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="accuracy of a model on a recipe's evaluation sets",
+        description="Evaluate a model as a recipe says, on this machine: what its run exported "
+        "(RUN_DIR/hf), or another. The numbers are printed, and left in RUN_DIR/evaluation.",
+        epilog="example: megatron-nft evaluate recipe.yaml evaluate.temperature=0.6",
+    )
+    evaluate.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    evaluate.add_argument("--model", type=Path, metavar="DIR", help="default: RUN_DIR/hf")
+    evaluate.set_defaults(run=_evaluate)
+
+    _add_launching(commands)
 
     serve = commands.add_parser(
         "serve",
@@ -84,23 +131,126 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_launching(commands: argparse._SubParsersAction) -> None:
+    launch = commands.add_parser(
+        "launch",
+        help="submit a recipe to a SLURM cluster",
+        description="Submit a recipe's jobs through nemo-run: training, which is queued again "
+        "until it is done and goes on where it stood, and an evaluation. From .venv-launch, where "
+        "nemo-run is: launch/setup/bootstrap.sh launch makes it.",
+        epilog="example: megatron-nft launch launch/recipes/qwen2.5-32b.yaml --cluster mine.yaml "
+        "--nodes 16 --dry-run",
+    )
+    launch.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    launch.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    launch.add_argument(
+        "--cluster",
+        type=Path,
+        required=True,
+        metavar="CLUSTER.yaml",
+        help="what your site wants to be told; launch/clusters/example.yaml shows all of it",
+    )
+    launch.add_argument(
+        "--nodes", type=int, default=1, metavar="N", help="that train (default: %(default)s)"
+    )
+    launch.add_argument(
+        "--servers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="further nodes of the job, a vLLM server each (default: %(default)s)",
+    )
+    launch.add_argument("--dry-run", action="store_true", help="print the scripts, submit nothing")
+    launch.set_defaults(run=_launch)
+
+    status = commands.add_parser("status", help="how far a launched run is")
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    status.set_defaults(run=_status)
+
+    logs = commands.add_parser("logs", help="what a launched run's jobs said last")
+    logs.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    logs.add_argument("--job", default="train", help="train or evaluate (default: %(default)s)")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on as more is said")
+    logs.set_defaults(run=_logs)
+
+    node_check = commands.add_parser(
+        "node-check", help="whether a node is fit for a run; jobs call it on each"
+    )
+    node_check.add_argument("--folder", type=Path, required=True, metavar="DIR")
+    node_check.add_argument("--gpus", type=int, default=0, metavar="N")
+    node_check.add_argument("--min-free-gib", type=float, default=0.0, metavar="GIB")
+    node_check.add_argument("--min-all-reduce", type=float, default=0.0, metavar="GIB_A_SECOND")
+    node_check.set_defaults(run=_node_check)
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from launch.submit import launch
+
+    return launch(
+        arguments.recipe,
+        arguments.cluster,
+        arguments.overrides,
+        num_nodes=arguments.nodes,
+        num_servers=arguments.servers,
+        is_dry=arguments.dry_run,
+    )
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from launch.jobs import status
+
+    return status(arguments.run_dir)
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    from launch.jobs import logs
+
+    return logs(arguments.run_dir, arguments.job, follow=arguments.follow)
+
+
+def _node_check(arguments: argparse.Namespace) -> int:
+    from megatron_nft.node_check import check
+
+    options = arguments.gpus, arguments.min_free_gib, arguments.min_all_reduce
+    return check(arguments.folder, *options)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from megatron_nft.demo import demo
 
     return demo(arguments.out, arguments.seed)
 
 
+def _under_torchrun(arguments: argparse.Namespace, verb: str) -> int:
+    from megatron_nft.processes import end_with_parent
+
+    end_with_parent()  # before the seconds of imports
+    from megatron_nft.train import run_process
+
+    return run_process(arguments.recipe, arguments.overrides, verb)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    if "LOCAL_RANK" in os.environ:
+        return _under_torchrun(arguments, "evaluate")
+    from megatron_nft.processes import evaluate
+
+    return evaluate(arguments.recipe, arguments.overrides, arguments.model)
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    if "LOCAL_RANK" in os.environ:  # under torchrun
-        from megatron_nft.processes import end_with_parent
-
-        end_with_parent()  # before the seconds of imports
-        from megatron_nft.train import run_process
-
-        return run_process(arguments.recipe, arguments.overrides)
+    if "LOCAL_RANK" in os.environ:
+        return _under_torchrun(arguments, "train")
     from megatron_nft.processes import run
 
-    return run(arguments.recipe, arguments.overrides)
+    nodes = Nodes(
+        arguments.nodes,
+        arguments.node_rank,
+        arguments.meeting,
+        tuple(filter(None, arguments.node_names.split(","))),
+        arguments.start_timeout,
+    )
+    return run(arguments.recipe, arguments.overrides, nodes)
 
 
 def _serve(arguments: argparse.Namespace) -> NoReturn:

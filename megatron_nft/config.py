@@ -84,7 +84,7 @@ class SourceConfig:
 @dataclass(frozen=True)
 class DataConfig:
     train: list[SourceConfig] = field(default_factory=list)
-    template: str = "boxed"  # a name in problems.TEMPLATES
+    template: str = "boxed"  # a name in templates.TEMPLATES
     max_prompt_tokens: int = 512
     on_long_prompt: str = "error"  # error | skip
     on_bad_row: str = "error"  # error | skip

@@ -1,6 +1,8 @@
 """Accuracy on held-out sets: the mean over every question's sampled answers (avg@k)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from megatron_nft.config import Config
 from megatron_nft.rollout.collect import ask
@@ -42,3 +44,22 @@ def evaluate(
         metrics[f"eval/{name}/num_questions"] = tally.num_groups
         metrics |= {f"eval/{name}/{key}": value for key, value in seen.items()}
     return metrics
+
+
+def table(record: Mapping[str, Any], config: Config) -> str:
+    """An evaluation's numbers, for people: a line a set, and their mean."""
+    options = config.evaluate
+    lines = [f"{'set':<16} {'questions':>9} {'answers':>7} {'accuracy':>8} {'unverifiable':>12}"]
+    accuracies = []
+    for source in options.sets:
+        name = source.name or Path(source.path).stem
+        accuracy, number = record[f"eval/{name}/accuracy"], record[f"eval/{name}/num_questions"]
+        unverifiable = record.get(f"eval/{name}/unverifiable_rate", 0.0)
+        accuracies.append(accuracy)
+        lines.append(
+            f"{name:<16} {number:>9} {source.samples:>7} {accuracy:>8.1%} {unverifiable:>12.1%}"
+        )
+    mean = sum(accuracies) / len(accuracies)
+    lines.append(f"{'mean of the sets':<34} {mean:>8.1%}")
+    lines.append(f"temperature {options.temperature:g}, top_p {options.top_p:g}")
+    return "\n".join(lines)

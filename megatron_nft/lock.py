@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Self
 
 FILE_NAME = "lock"
-PATIENCE_S = 60.0  # a run that was told to end, or killed, may take a moment
+PATIENCE_S = 180.0  # a run may take a moment to end; a dead machine's locks on NFS 90 s
 LOOK_EVERY_S = 0.5
 HAS_NONE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # some network file systems
 
@@ -31,7 +31,7 @@ class DirectoryLock:
     def __init__(self, directory: Path, patience_s: float = PATIENCE_S) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / FILE_NAME
-        self._file = self._path.open("a+")
+        self._file = self._path.open("a+b", buffering=0)
         deadline, is_told = time.monotonic() + patience_s, False
         while not self._take():
             if time.monotonic() > deadline:
@@ -69,8 +69,8 @@ class DirectoryLock:
         with contextlib.suppress(OSError):
             self._file.truncate(0)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
-            self._file.flush()
+            who = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
+            self._file.write(who.encode())
 
     def close(self) -> None:
         self._file.close()

@@ -76,6 +76,14 @@ class MetricsLog:
         self._flush()
         os.fsync(self._file.fileno())
 
+    def leave_unwritten(self) -> None:
+        """Forget what finds no room: a resumed run writes it again."""
+        try:
+            self._flush()
+        except OSError as error:
+            logger.error("%s; the resumed run will write %d bytes", error, len(self._unwritten))
+            self._unwritten = b""
+
     def _flush(self) -> None:
         while self._unwritten:  # one call a record: a kill tears the last line at most
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]

@@ -6,7 +6,9 @@ evaluation, is finished first. Servers are asked by rank 0: where the notice com
 alone, the batch that they are sampling is finished too.
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Self
 
@@ -34,3 +36,16 @@ class Notice:
 
     def _hear(self, _number: int, _frame: FrameType | None) -> None:
         self.has_come = True
+
+
+@contextlib.contextmanager
+def unheard(*numbers: signal.Signals) -> Iterator[None]:
+    """What is started meanwhile never hears of these signals, unlike this thread afterwards.
+
+    Slurm signals every process of a job step; the notice is for training processes alone.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from megatron_nft.config import DataConfig, RuleConfig, SourceConfig
 from megatron_nft.rollout.groups import Problem
 from megatron_nft.rows import Row, RowError, excerpt, read_rows
+from megatron_nft.templates import Message, PromptTemplate, template_of
 from megatron_nft.verify.answers import last_boxed
 
 QUESTION_COLUMNS = ("question", "problem", "prompt")
@@ -33,39 +34,6 @@ ANSWER_COLUMNS = (
 )
 SOLUTION_COLUMNS = ("solution",)
 MAX_BARE_ANSWER_CHARS = 200  # a longer `solution` without \boxed{} is prose, not an answer
-INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
-
-Message = dict[str, str]  # role, content
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """How a question becomes a prompt; a chat is laid out by the tokenizer's own chat template."""
-
-    chat: bool = False
-    system: str = ""
-    suffix: str = ""  # follows the question
-
-    def messages(self, question: str | list[Message]) -> list[Message] | None:
-        """The chat to lay out, or None where the prompt is plain text."""
-        if isinstance(question, list):  # brings its own instruction
-            return None if self == TEMPLATES["raw"] else question
-        if not self.chat:
-            return None
-        user = {"role": "user", "content": question + self.suffix}
-        return [{"role": "system", "content": self.system}, user] if self.system else [user]
-
-    def plain(self, question: str | list[Message]) -> str:
-        parts = [question] if isinstance(question, str) else [m["content"] for m in question]
-        return "\n\n".join(parts) + self.suffix
-
-
-TEMPLATES: dict[str, PromptTemplate] = {
-    "raw": PromptTemplate(),
-    "boxed": PromptTemplate(suffix=f"\n{INSTRUCTION}\n"),
-    "chat": PromptTemplate(chat=True, suffix=f"\n{INSTRUCTION}"),
-    "qwen-math": PromptTemplate(chat=True, system=INSTRUCTION),
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +74,7 @@ def load_problems(
     `data.max_prompt_tokens`, unless `data.on_long_prompt` is skip; and where nothing is left.
     """
     path, name = Path(source.path), source.name or Path(source.path).stem
-    template = _template(data.template)
+    template = template_of(data.template)
     skipped: Counter[str] = Counter()
     rows = read_rows(path, _wanted_columns(source))
     rows = tqdm(rows, desc=path.name, unit=" rows", disable=not progress)
@@ -117,12 +85,6 @@ def load_problems(
     if not problems:
         raise ValueError(f"{path}: no problem left: {_summary(skipped)}")
     return LoadedProblems(problems, num_duplicates, dict(skipped))
-
-
-def _template(name: str) -> PromptTemplate:
-    if name not in TEMPLATES:
-        raise ValueError(f"data.template was {name!r}; it may be {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
 
 
 def _wanted_columns(source: SourceConfig) -> set[str]:

@@ -14,6 +14,8 @@ import psutil
 
 from megatron_nft import recipe
 from megatron_nft.config import Config
+from megatron_nft.nodes import ALONE, Nodes, roll_call
+from megatron_nft.nodes import check as check_nodes
 from megatron_nft.notice import REQUEUE, SIGNALS, Notice
 from megatron_nft.policy import fp8
 
@@ -25,42 +27,81 @@ _libc = ctypes.CDLL(None)  # before any fork
 QUIET = {"PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"}
 
 
-def run(path: Path, overrides: Sequence[str]) -> int:
+def run(path: Path, overrides: Sequence[str], nodes: Nodes = ALONE, *, verb: str = "train") -> int:
     """Check the recipe and what it names, then run it under torchrun; its exit code.
 
-    Raises:
-        ValueError: see recipe.load and preflight.check.
-    """
-    config = recipe.load(path, overrides)
-    from megatron_nft.preflight import check  # seconds of imports, for a recipe that is right
+    With several nodes every one of them does this; training begins once all have come.
 
-    num_processes = num_processes_of(config)
-    num_served = num_server_gpus(config)
-    if 0 < num_gpus() < num_processes + num_served:
-        servers = f" and {num_served} GPUs for servers" if num_served else ""
-        raise ValueError(
-            f"the recipe's layout needs {num_processes} processes{servers}, but this host has "
-            f"{num_gpus()} GPUs; lower parallel.tensor, parallel.pipeline, parallel.context, "
-            "parallel.expert, parallel.num_processes or rollout.num_servers"
-        )
-    check(config, num_processes)
+    Args:
+        verb: the command that each process is to carry out: train, or evaluate.
+
+    Raises:
+        ValueError: see recipe.load, preflight.check and nodes.roll_call.
+    """
+    check_nodes(nodes)
+    config = recipe.load(path, overrides)
+    if nodes.num == 1:
+        num_here = _check(config, nodes)
+    else:
+        num_here, trouble = 0, ""
+        try:
+            num_here = _check(config, nodes)
+        except ValueError as error:
+            trouble = str(error)
+        roll_call(nodes, trouble)
     logs = Path(config.run_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(num_processes), "--log-dir", str(logs)]
+    command = [sys.executable, "-m", "megatron_nft.agent", *_rendezvous(nodes)]
+    command += ["--nproc-per-node", str(num_here), "--log-dir", str(logs)]
     command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT"]  # the others: see _run_agent
-    if num_processes > 1:  # only one process speaks on the terminal; the others into files
-        others = ",".join(f"{rank}:3" for rank in range(1, num_processes))
+    if num_here > 1:  # only one process speaks on the terminal; the others into files
+        others = ",".join(f"{rank}:3" for rank in range(1, num_here))
         command += ["--redirects", others]
-    command += ["-m", "megatron_nft", "train", str(path), *overrides]
-    print(f"starting {num_processes} processes; imports and the engine take a while", flush=True)
+    command += ["-m", "megatron_nft", verb, str(path), *overrides]
+    print(f"starting {num_here} processes; imports and the engine take a while", flush=True)
     # one thread each, unless the user says otherwise: what torchrun would do, without its notice
     environment = QUIET | {"OMP_NUM_THREADS": "1"} | fp8.environment(config.fp8) | os.environ
     return _run_agent(command, environment)
 
 
+def _check(config: Config, nodes: Nodes) -> int:
+    """What can be known to be wrong on this node; the number of its training processes."""
+    from megatron_nft.preflight import check  # seconds of imports, for a recipe that is right
+
+    num_processes = num_processes_of(config, nodes.num)
+    num_served = num_server_gpus(config)
+    if nodes.num > 1 and config.rollout.engine == "remote" and not config.rollout.servers:
+        raise ValueError(
+            "rollout.engine=remote on several nodes needs rollout.servers: start each by "
+            "`megatron-nft serve` on a node of its own"
+        )
+    if num_processes % nodes.num:
+        raise ValueError(
+            f"{num_processes} processes are not divided by {nodes.num} nodes; change "
+            "parallel.num_processes, or the number of nodes"
+        )
+    num_here = num_processes // nodes.num
+    if 0 < num_gpus() < num_here + num_served:
+        servers = f" and {num_served} GPUs for servers" if num_served else ""
+        raise ValueError(
+            f"the recipe's layout needs {num_here} processes{servers}, but this host has "
+            f"{num_gpus()} GPUs; lower parallel.tensor, parallel.pipeline, parallel.context, "
+            "parallel.expert, parallel.num_processes or rollout.num_servers"
+        )
+    check(config, num_processes)
+    return num_here
+
+
+def _rendezvous(nodes: Nodes) -> list[str]:
+    """torchrun's words for where the processes meet."""
+    if nodes.num == 1:
+        return ["--standalone"]
+    where = ["--master-addr", nodes.host, "--master-port", str(nodes.port + 1)]
+    return ["--nnodes", str(nodes.num), "--node-rank", str(nodes.rank), *where]
+
+
 def _run_agent(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """torchrun's exit code; REQUEUE where a scheduler's notice ended the run.
+    """The agent's exit code; REQUEUE where a scheduler's notice ended the run.
 
     The notice is for the training processes alone: torchrun would end them half a minute later,
     whatever they are doing. They are told again and again, as they may not listen yet.
@@ -94,6 +135,24 @@ def end_with_parent() -> None:
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def evaluate(path: Path, overrides: Sequence[str], model: Path | None) -> int:
+    """Evaluate a model, that which the recipe's run exported unless one is given; an exit code.
+
+    The numbers are left in the run's directory, `evaluation/`.
+
+    Raises:
+        ValueError: see run; or the recipe has no evaluation sets.
+    """
+    config = recipe.load(path, overrides)
+    if not config.evaluate.sets:
+        raise ValueError("evaluate.sets is empty: there is nothing to evaluate")
+    run_dir = Path(config.run_dir)
+    changed = [f"run_dir={run_dir / 'evaluation'}", f"model.path={model or run_dir / 'hf'}"]
+    changed += ["rollout.engine=colocated", "rollout.servers=[]", "parallel.num_processes=0"]
+    changed += ["rollout.max_steps_off_policy=0", "rollout.in_flight_updates=false"]
+    return run(path, [*overrides, *changed], verb="evaluate")
+
+
 def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> NoReturn:
     """Become a vLLM server of the recipe's model: what ends this process ends the server.
 
@@ -117,13 +176,13 @@ def serve(path: Path, overrides: Sequence[str], host: str, port: int) -> NoRetur
     os.execve(command[0], command, servers.environment(config.rollout))
 
 
-def num_processes_of(config: Config) -> int:
+def num_processes_of(config: Config, num_nodes: int = 1) -> int:
     """As many processes as the recipe says; else one a GPU that no server has, or the least that
-    the layout needs.
+    the layout needs. Of all nodes together, which have as many GPUs as this one.
     """
     parallel = config.parallel
     least = parallel.least_processes
-    num_free = num_gpus() - num_server_gpus(config)
+    num_free = num_nodes * num_gpus() - num_server_gpus(config)
     return parallel.num_processes or max(least, num_free // least * least)
 
 

@@ -41,6 +41,11 @@ def load(recipe: Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def read[T](kind: type[T], path: Path) -> T:
+    """A file of another kind, read as strictly: `kind` is a dataclass of dataclasses."""
+    return _build(kind, _read_yaml(Path(path)), "", str(path))
+
+
 def save(config: Config, path: Path) -> None:
     """Write every value, defaults too, so that `load(path)` gives the same configuration."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
@@ -76,7 +81,7 @@ def _read(path: Path, overlaid_by: tuple[Path, ...]) -> dict:
 
 def _read_yaml(path: Path) -> dict:
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such recipe (looked for {path.absolute()})")
+        raise ValueError(f"{path}: there is no such file (looked for {path.absolute()})")
     try:
         layer = OmegaConf.to_container(OmegaConf.load(path), resolve=True, throw_on_missing=True)
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
@@ -132,6 +137,8 @@ def _build(kind: Any, value: Any, key: str, where: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         items = zip(arguments, value, strict=True)
         return tuple(_build(k, v, f"{key}[{i}]", where) for i, (k, v) in enumerate(items))
+    if origin is dict and isinstance(value, dict):
+        return {str(k): _build(arguments[1], v, f"{key}.{k}", where) for k, v in value.items()}
     if type(value) is kind:
         return value
     if kind is float and type(value) is int:

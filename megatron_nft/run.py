@@ -68,6 +68,7 @@ class Run(ExitStack):
         self.state = self._resume()
         self._saved_rollout = self.state.rollout
         self._unfinished: checkpoint.Unfinished | None = None
+        self._writers = dist.new_group(backend="gloo") if config.checkpoint.in_background else None
         self.checkpoints_failed = 0  # since this process started
         skipped = Skipped(self.state.steps_skipped, self.state.skipped_in_a_row)
         folder = self.directory / "skipped" if self.ranks.is_main else None
@@ -135,6 +136,7 @@ class Run(ExitStack):
             self.save({})
             self.finish_saving()
         if self.ranks.is_main:
+            self._log.leave_unwritten()
             logger.warning(
                 "told to stop after %d rollouts; start it again by the same command (exit code %d)",
                 self._saved_rollout,
@@ -224,16 +226,18 @@ class Run(ExitStack):
         state = checkpoint.with_best(directory, state, options.best, value)
         with self._saving():
             self._unfinished = checkpoint.begin(
-                directory, self.policy, state, add, in_background=options.in_background
+                directory, self.policy, state, add, group=self._writers
             )
+        if not self._writers:
+            self.finish_saving()
 
     def finish_saving(self, *, wait: bool = True) -> None:
-        """Complete the checkpoint that is being written; unless `wait`, if all ranks have written.
+        """Take note of the checkpoint that was begun; unless `wait`, only if it has its name.
 
         Collective.
         """
         unfinished = self._unfinished
-        if not unfinished or (not wait and self.ranks.any(not unfinished.written.done())):
+        if not unfinished or (not wait and self.ranks.any(not unfinished.done.done())):
             return
         self._unfinished = None
         with self._saving():

@@ -149,8 +149,12 @@ class Sampler(ExitStack):
         return ask(self._engine, self._verifier, problems, expected, sampling)
 
     def settle(self) -> dict[int, Batch]:
-        """Wait until nothing is sampled ahead; on rank 0, what is there and not yet trained on."""
-        self._ranks.on_main(lambda: len(self.ahead.settle()))
+        """Wait until nothing is sampled ahead; on rank 0, what is there and not yet trained on.
+
+        At the scheduler's notice, what is being sampled is given up.
+        """
+        if not self._ranks.on_main(lambda: self.ahead.is_settled(self._is_noticed_here)):
+            self.abandon()
         return self.ahead.settle()
 
     # weights
@@ -221,6 +225,7 @@ class Sampler(ExitStack):
         """Give up what servers are sampling ahead; what was sampled stays."""
         if self._ranks.is_main and isinstance(self._engine, RemoteEngine):
             self.ahead.abandon(self._engine.abandon)
+            self._engine.listen()  # an evaluation is finished first
 
     def _is_noticed_here(self) -> bool:
         return self._notice.has_come

@@ -14,7 +14,7 @@ start the processes.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_nft import old_logp, preflight, recipe
 from megatron_nft.config import Config
+from megatron_nft.evaluate import table
+from megatron_nft.metrics import read_metrics
 from megatron_nft.notice import REQUEUE, Interrupted, Notice
 from megatron_nft.policy import fp8, parallel
 from megatron_nft.policy.packing import Sequence, sequences_of
@@ -123,22 +125,34 @@ def learning_rate(config: Config, step: int) -> float:
     return options.lr * min(1.0, step / warmup) if warmup else options.lr
 
 
+def evaluate_once(config: Config, notice: Notice) -> int:
+    """Evaluate the recipe's model as it is; the numbers go into metrics.jsonl and to the reader."""
+    with Run(config, notice) as run:
+        run.log({"step": 0, "rollout": 0} | run.evaluate())
+        if run.ranks.is_main:
+            print(table(read_metrics(run.directory)[-1], config), flush=True)
+    return 0
+
+
 @record
-def run_process(path: Path, overrides: list[str]) -> int:
+def run_process(path: Path, overrides: list[str], verb: str = "train") -> int:
     """What every process under torchrun does; its exit code."""
     end_with_parent()
+    work = {"train": train, "evaluate": evaluate_once}[verb]
     with Notice() as notice:
-        return _run_noticed(path, overrides, notice)
+        return _run_noticed(path, overrides, work, notice)
 
 
-def _run_noticed(path: Path, overrides: list[str], notice: Notice) -> int:
+def _run_noticed(
+    path: Path, overrides: list[str], work: Callable[[Config, Notice], int], notice: Notice
+) -> int:
     config = recipe.load(path, overrides)
     fp8.check_environment(config.fp8)
     # rank 0 may wait for a server in the middle of a hand-over
     timeout_s = max(1800.0, 3 * config.rollout.start_timeout_s)
     parallel.initialize(config.parallel, config.seed, timeout_s)
     check_once(config)
-    code = train(config, notice)
+    code = work(config, notice)
     parallel.finalize()  # not after an exception: the others may be waiting in a collective
     return code
 

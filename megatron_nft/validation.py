@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_nft.config import OBJECTIVE_NAMES, Config, ParallelConfig, RolloutConfig
-from megatron_nft.problems import TEMPLATES
+from megatron_nft.templates import TEMPLATES
 
 
 @dataclass(frozen=True)

@@ -97,13 +97,13 @@ def saves_twice(model: Path, folder: Path) -> dict[str, Any]:
     distributed optimizer what is saved is the policy's own tensors, not gathered copies.
     """
     policy = new_policy(model, "TP2, plain")
-    saved, loaded = [], []
+    saved, loaded, group = [], [], dist.new_group(backend="gloo")
     next_step(policy, seed=1)
     for rollout in (1, 2):
         saved.append(weights_of(policy))
         with writing_held_back() as is_stepped:
-            begun = checkpoint.begin(folder, policy, RunState(rollout), in_background=True)
-            assert not begun.written.done()
+            begun = checkpoint.begin(folder, policy, RunState(rollout), group=group)
+            assert not begun.done.done()
             next_step(policy, seed=rollout + 1)
             is_stepped.set()
             checkpoint.finish(begun, keep=2)
@@ -321,13 +321,13 @@ def a_run_with_a_best_checkpoint(root: Path) -> dict[int, tuple[list[str], str, 
 
 
 def a_run_on_a_small_disk(root: Path, run_dir: Path) -> None:
-    """A whole run that has room for its first checkpoint alone."""
+    """A whole run that has room for its first checkpoint alone, and waits while it is written."""
     from megatron_nft.notice import Notice
     from megatron_nft.train import train
 
     others = run_dir.parent / "others"
     with filled(others, leaving=5 * MB // 4):
-        train(recipe(root, run_dir, rollouts=3), Notice())
+        train(recipe(root, run_dir, rollouts=3, in_background=False), Notice())
 
 
 # what is done with directories

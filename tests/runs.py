@@ -59,7 +59,7 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def prepare(root: Path) -> None:
+def prepare_model(root: Path) -> None:
     """A small model that has seen one-digit sums for a while, and the recipe to go on."""
     write_rows(
         root / "cold.jsonl", [(f"{a}+{b}=", str(a + b)) for a, b in product(range(10), repeat=2)]
@@ -68,4 +68,9 @@ def prepare(root: Path) -> None:
     (root / "cold.yaml").write_text(COLD_START.format(root=root, tensor=2, longest=8))
     (root / "recipe.yaml").write_text(RECIPE.format(root=root))
     train(root / "cold.yaml")
+
+
+def prepare(root: Path) -> None:
+    """The same, and a run by that recipe, `nft`."""
+    prepare_model(root)
     train(root / "recipe.yaml")

@@ -91,7 +91,7 @@ MISTAKES = {
         overrides=("optimiser.lr=1e-5",),
     ),
     "no recipe": Mistake(
-        ("recipe.yaml: there is no such recipe (looked for /",),
+        ("recipe.yaml: there is no such file (looked for /",),
         lambda: Path("recipe.yaml").unlink(),
     ),
     "negative and zero values, all at once": Mistake(

@@ -158,7 +158,7 @@ def test_a_wrong_override_is_quoted(tmp_path: Path, override: str, words: list[s
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
-    assert "there is no such recipe" in refusal(tmp_path / "absent.yaml")
+    assert "there is no such file" in refusal(tmp_path / "absent.yaml")
     assert "held list" in refusal(write(tmp_path, "- 1"))
     (tmp_path / "latin.yaml").write_bytes(b"run_dir: caf\xe9")
     assert "not a readable recipe" in refusal(tmp_path / "latin.yaml")

@@ -12,7 +12,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from megatron_nft.config import DataConfig, SourceConfig
-from megatron_nft.problems import INSTRUCTION, TEMPLATES, LoadedProblems, load_problems
+from megatron_nft.problems import LoadedProblems, load_problems
+from megatron_nft.templates import INSTRUCTION, TEMPLATES
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 RAW = DataConfig(template="raw", max_prompt_tokens=100_000)

@@ -8,8 +8,10 @@ newest that still is what was written. What a file system refuses to one rank, a
 import logging
 import math
 import shutil
+import sys
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -96,18 +98,8 @@ class Unfinished:
     """A checkpoint that is being written."""
 
     path: Path  # where it is to be
-    content: dict[str, Any]  # of its marker
-    plan: shards.Plan
-    written: Future[shards.Written]  # this rank's part
-
-    @property
-    def state(self) -> RunState:
-        return RunState(**self.content["state"])
-
-    @property
-    def partial(self) -> Path:
-        """Where it is written."""
-        return files.named(self.path, files.PARTIAL)
+    state: RunState
+    done: Future[None]  # CheckpointError on all ranks where it failed on one
 
 
 def begin(
@@ -116,13 +108,15 @@ def begin(
     state: RunState,
     add: Callable[[Path], None] = lambda _: None,
     *,
-    in_background: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Unfinished:
-    """Begin `directory/rollout_N`, for `finish` to complete; collective.
+    """Begin `directory/rollout_N`, for `finish` to end; collective.
 
     Args:
         add: writes more into the directory, on rank 0 and at once.
-        in_background: a thread writes, from a copy in host memory, and the policy may change.
+        group: of all ranks, on gloo and for this alone: a thread writes, from a copy in host
+            memory, and gives the checkpoint its name, while the policy may change. Without one all
+            of that has been done when this returns.
 
     Raises:
         CheckpointError: the file system has no room, or refused something; nothing has changed but
@@ -136,32 +130,20 @@ def begin(
         plan = shards.plan(training_state.sharded(policy), partial_path, training_state.METADATA)
         _on_main(partial(files.check_room, directory, shards.total_bytes(plan)))
         _on_main(lambda: _add_more(partial_path, policy, add))
-    shards.stage(plan, copies=in_background)
-    if in_background:
-        thread = ThreadPoolExecutor(1, "checkpoint")
-        written = thread.submit(shards.write, plan)
-        thread.shutdown(wait=False)
-    else:
-        written = Future()
-        written.set_result(shards.write(plan))
-    return Unfinished(path, content, plan, written)
+    shards.stage(plan, copies=group is not None)
+    write = partial(_write, path, content, plan, group)
+    return Unfinished(path, state, _begun(write) if group else _finished(write))
 
 
 def finish(unfinished: Unfinished, keep: int) -> None:
-    """Give a checkpoint its name, then drop all but the newest `keep` and the best; collective.
-
-    Waits until it is written.
+    """Wait until a checkpoint has its name; then drop all but the newest `keep` and the best.
 
     Raises:
         CheckpointError: see begin.
     """
-    with _given_up_together(unfinished.path):
-        written = _to_main(unfinished.written.result())
-        _on_main(lambda: _complete(unfinished, written))
-        _on_main(partial(files.publish, unfinished.partial, unfinished.path))
+    unfinished.done.result()
     if dist.get_rank() == 0:
         _tidy(unfinished.path.parent, unfinished.state, keep)
-    dist.barrier()
 
 
 def save(
@@ -173,6 +155,7 @@ def save(
 ) -> None:
     """Begin and finish."""
     finish(begin(directory, policy, state, add), keep)
+    dist.barrier()
 
 
 def latest(directory: Path) -> tuple[Path, RunState] | None:
@@ -210,23 +193,62 @@ def load(path: Path, policy: Policy) -> None:
     training_state.restore(policy, shards.load(wanted, path))
 
 
-def _complete(unfinished: Unfinished, written: list[shards.Written]) -> None:
+def _begun(function: Callable[[], None]) -> Future[None]:
+    """A function in a thread that does not keep the process from ending."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except CheckpointError as error:
+            future.set_exception(error)
+        finally:
+            if not future.done():
+                future.set_exception(RuntimeError(f"its writer ended: {sys.exception()!r}"))
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _finished(function: Callable[[], None]) -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(function())
+    return future
+
+
+def _write(
+    path: Path, content: dict[str, Any], plan: shards.Plan, group: dist.ProcessGroup | None
+) -> None:
+    """Write what was staged, and give the checkpoint its name; collective in its group."""
+    unfinished = files.named(path, files.PARTIAL)
+    with _given_up_together(path, group):
+        written = _to_main(shards.write(plan), group)
+        _on_main(lambda: _complete(unfinished, content, plan, written), group)
+        _on_main(partial(files.publish, unfinished, path), group)
+
+
+def _complete(
+    path: Path, content: dict[str, Any], plan: shards.Plan, written: list[shards.Written]
+) -> None:
     """Write the index and then the marker, unless a rank could not write its part."""
     if errors := [one.error for one in written if one.error]:
         raise CheckpointError("; ".join(errors))
-    path = unfinished.partial
-    shards.write_index(unfinished.plan, path, written)
+    shards.write_index(plan, path, written)
     known = {name: file for one in written for name, file in one.files.items()}
-    files.write_marker(path, unfinished.content, files.describe_all(path, known))
+    described = files.describe_all(path, known)
+    if unseen := known.keys() - described.keys():
+        raise CheckpointError(f"rank 0 does not see {', '.join(sorted(unseen))} in {path}")
+    files.write_marker(path, content, described)
 
 
 @contextmanager
-def _given_up_together(path: Path) -> Iterator[None]:
+def _given_up_together(path: Path, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Where a block raises CheckpointError, which it does on all ranks, tidy up and say more."""
     try:
         yield
     except CheckpointError as error:
-        raise CheckpointError(_on_main(partial(_give_up, path, str(error)))) from error
+        why = _on_main(partial(_give_up, path, str(error)), group)
+        raise CheckpointError(why) from error
 
 
 def _tidy(directory: Path, state: RunState, keep: int) -> None:
@@ -291,7 +313,7 @@ def _state_of(path: Path, marker: Marker) -> RunState:
     return RunState(**marker.state)
 
 
-def _on_main(function: Callable[[], Any]) -> Any:
+def _on_main(function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
     """What rank 0 gets from a function, on every rank; collective.
 
     Raises:
@@ -303,16 +325,16 @@ def _on_main(function: Callable[[], Any]) -> Any:
             outcome[0] = function()
         except OSError as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise CheckpointError(outcome[1])
     return outcome[0]
 
 
-def _to_main(value: Any) -> list[Any]:
+def _to_main(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     """Every rank's value, on rank 0; collective."""
     gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(value, gathered)
+    dist.gather_object(value, gathered, group=group)
     return gathered or []
 
 

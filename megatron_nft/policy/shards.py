@@ -39,6 +39,7 @@ class Plan(TorchDistSaveShardedStrategy):
 
     writer: FileSystemWriterAsync
     index: Metadata | None  # on rank 0
+    trouble: str | None = None  # of this rank
 
     def _get_save_and_finalize_callbacks(
         self, writer: FileSystemWriterAsync, planned: tuple[Any, ...], async_strategy: str
@@ -95,10 +96,14 @@ def stage(made: Plan, *, copies: bool) -> None:
     def staged(tensors: list[tuple[Any, torch.Tensor]]) -> list[tuple[Any, torch.Tensor]]:
         return [(item, tensor.to("cpu", copy=copies)) for item, tensor in tensors]
 
-    made.writer.write_buckets = [
-        (path, name, (objects, staged(tensors)))
-        for path, name, (objects, tensors) in made.writer.write_buckets
-    ]
+    try:
+        made.writer.write_buckets = [
+            (path, name, (objects, staged(tensors)))
+            for path, name, (objects, tensors) in made.writer.write_buckets
+        ]
+    except (RuntimeError, MemoryError) as error:
+        made.writer.write_buckets = []
+        made.trouble = f"rank {dist.get_rank()} has no room in host memory: {error}"
 
 
 def write(made: Plan) -> Written:
@@ -106,7 +111,7 @@ def write(made: Plan) -> Written:
 
     In any thread, after `stage`; the tensors are let go.
     """
-    written, writer = Written(), made.writer
+    written, writer = Written(error=made.trouble), made.writer
     while writer.write_buckets:
         bucket = writer.write_buckets.pop(0)
         path, name, _ = bucket

@@ -50,6 +50,13 @@ class Ahead:
         wait(self._batches.values())
         return {r: future.result() for r, future in self._batches.items() if not future.exception()}
 
+    def is_settled(self, is_over: Callable[[], bool]) -> bool:
+        """True once nothing is being made; False once `is_over`."""
+        while wait(self._batches.values(), LOOK_EVERY_S).not_done:
+            if is_over():
+                return False
+        return True
+
     def abandon(self, stop: Callable[[], object]) -> None:
         """Have nothing more made; `stop` lets what is being made fail. What was made stays."""
         begun = {r: future for r, future in self._batches.items() if not future.cancel()}

@@ -57,16 +57,19 @@ class Collector:
         comes first, unless weights before version `oldest` sampled it.
 
         Raises:
-            Interrupted: sampling was abandoned; the next batch begins where this one did.
+            Interrupted: sampling was abandoned. After this, as after any other error, the next
+                batch begins where this one did.
             RuntimeError: no mixed group at all within `max_asks`, or too few of them where
                 `on_short_batch` is stop; the message holds the accuracies seen.
         """
         before = self._order.position, self.surplus, self.cut
+        made = None
         try:
-            return self._batch(ask, oldest)
-        except Interrupted:
-            self._order.position, self.surplus, self.cut = before
-            raise
+            made = self._batch(ask, oldest)
+        finally:
+            if made is None:
+                self._order.position, self.surplus, self.cut = before
+        return made
 
     def _batch(self, ask: Ask, oldest: int) -> Batch:
         options, tally = self._options, Tally()

@@ -135,6 +135,10 @@ class RemoteEngine:
         """Ask nothing more: generate raises Interrupted, in whatever thread it is waited for."""
         self._abandoned.set()
 
+    def listen(self) -> None:
+        """Ask again, after `abandon`, once nothing waits for answers any more."""
+        self._abandoned.clear()
+
     def load_weights(
         self, weights: Iterable[tuple[str, Tensor]], version: int
     ) -> dict[str, Digests]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_nft.config import RolloutConfig
+from megatron_nft.notice import unheard
 from megatron_nft.policy import host
 from megatron_nft.rollout.guard import POLITENESS_S
 from megatron_nft.rollout.receiver import RECEIVER, precision
@@ -121,7 +122,7 @@ class ServerProcess:
         self.socket.unlink(missing_ok=True)  # vLLM does not start where there is one
         self.log.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-P", "-m", "megatron_nft.rollout.guard", str(os.getpid())]
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, unheard(signal.SIGUSR1):
             self._process = subprocess.Popen(
                 [*guard, *arguments],
                 stdin=subprocess.DEVNULL,

@@ -15,6 +15,7 @@ from math import inf
 from pathlib import Path
 
 from megatron_nft.config import VerifyConfig
+from megatron_nft.notice import SIGNALS, unheard
 from megatron_nft.verify import tasks
 from megatron_nft.verify.tasks import Task
 
@@ -84,10 +85,11 @@ def _spawn(options: VerifyConfig) -> subprocess.Popen[bytes]:
     # numpy would reserve memory for a thread a core, against the worker's limit
     env = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command(options),
-        stdin=pipe,
-        stdout=pipe,
-        env=env,
-        process_group=0,  # a worker and its judge are ended together; Ctrl-C is the caller's
-    )
+    with unheard(*SIGNALS):
+        return subprocess.Popen(
+            command(options),
+            stdin=pipe,
+            stdout=pipe,
+            env=env,
+            process_group=0,  # a worker and its judge are ended together; Ctrl-C is the caller's
+        )

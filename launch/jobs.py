@@ -1,0 +1,83 @@
+"""What has become of a run that was launched: its jobs, how far it is, what they said."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from launch.submit import JOBS_FILE
+
+SHOWN = ("accuracy_all", "accuracy_kept", "entropy", "loss", "grad_norm")
+NUM_LINES = 40
+
+
+def status(run_dir: Path) -> int:
+    """Print the jobs' states, the last step and the checkpoints; an exit code.
+
+    Raises:
+        ValueError: nothing was launched there.
+    """
+    for name, job in _jobs(run_dir).items():
+        print(f"{name}: job {job['id']}, {_state(job['id'])}")
+    print(_progress(run_dir))
+    found = [p.name for p in (run_dir / "checkpoints").glob("rollout_*")]
+    print(f"checkpoints: {', '.join(sorted(found)) or 'none yet'}")
+    return 0
+
+
+def logs(run_dir: Path, name: str, *, follow: bool) -> int:
+    """Print the end of what a job's nodes said last; an exit code.
+
+    Raises:
+        ValueError: there is no such job, or it has said nothing yet.
+    """
+    jobs = _jobs(run_dir)
+    if name not in jobs:
+        raise ValueError(f"there is no job {name!r}; it may be {', '.join(jobs)}")
+    files = sorted(Path(jobs[name]["folder"]).glob("*.out"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        raise ValueError(f"{name} has not begun: no log in {jobs[name]['folder']}")
+    if follow:
+        os.execvp("tail", ["tail", f"-n{NUM_LINES}", "-F", *map(str, files)])
+    for file in files[-2:]:  # the batch script's and the nodes'
+        lines = file.read_text(errors="replace").splitlines()[-NUM_LINES:]
+        print(f"==> {file}\n" + "\n".join(lines))
+    return 0
+
+
+def _jobs(run_dir: Path) -> dict[str, dict[str, str]]:
+    file = run_dir / "launch" / JOBS_FILE
+    if not file.is_file():
+        raise ValueError(f"{run_dir} was not launched from here: there is no {file}")
+    return json.loads(file.read_text())
+
+
+def _state(number: str) -> str:
+    """Of Slurm's queue, or of its memory, or of its accounts."""
+    for command in (
+        ["squeue", "--noheader", "--jobs", number, "--format", "%T %M %r"],
+        ["sacct", "--noheader", "--allocations", "--jobs", number, "--format", "State,ExitCode"],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0 and done.stdout.strip():
+            return " ".join(done.stdout.split())
+    return "unknown to Slurm (ended long ago, or this is no login node)"
+
+
+def _progress(run_dir: Path) -> str:
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        return "no step yet"
+    lines = file.read_bytes().split(b"\n")[:-1]
+    if not lines:
+        return "no step yet"
+    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+    last = records[-1]
+    known = {k: v for record in records for k, v in record.items() if k.endswith("/accuracy")}
+    shown = {k: last[k] for k in SHOWN if last.get(k) is not None} | known
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+    return f"rollout {last.get('rollout', 0)}, step {last['step']}: {numbers}"

@@ -1,0 +1,183 @@
+"""Submit a recipe to a SLURM cluster through nemo-run: train, queued again until done; evaluate.
+
+A run converts nothing and exports by itself: it reads the Hugging Face model, and leaves one.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launch import cluster as clusters
+from launch import scripts
+from launch.cluster import Cluster
+from megatron_nft import recipe
+from megatron_nft.config import Config
+
+JOBS_FILE = "jobs.json"  # in run_dir/launch
+NO_NEMO_RUN = (
+    "launch needs nemo-run, which has an environment of its own: run launch/setup/bootstrap.sh "
+    "launch, then .venv-launch/bin/megatron-nft launch …"
+)
+
+
+class Job(NamedTuple):
+    """A job of one task a node."""
+
+    name: str
+    num_nodes: int
+    task: str  # shell text, on every node
+    set_up: str = ""  # shell text, before, on the first node
+
+
+def launch(
+    path: Path,
+    cluster_path: Path,
+    overrides: Sequence[str],
+    *,
+    num_nodes: int,
+    num_servers: int = 0,
+    is_dry: bool = False,
+) -> int:
+    """Submit a run's jobs, or print their batch scripts; an exit code.
+
+    Args:
+        num_nodes: that train.
+        num_servers: further nodes of the same job, each a vLLM server.
+
+    Raises:
+        ValueError: a recipe or a cluster file that cannot be used, or nemo-run is not there.
+    """
+    cluster, config = clusters.load(cluster_path), recipe.load(path, overrides)
+    _check(cluster, config, num_nodes, num_servers)
+    jobs = jobs_of(cluster, config, num_nodes, num_servers)
+    if is_dry:
+        with tempfile.TemporaryDirectory() as temporary:
+            texts, _ = _submit(cluster, jobs, _title(config), Path(temporary), is_dry=True)
+        print("\n".join(f"# {name}\n{text}" for name, text in texts.items()))
+        return 0
+    folder = _folder(cluster, config)
+    _, handles = _submit(cluster, jobs, _title(config), folder, is_dry=False)
+    (folder / JOBS_FILE).write_text(json.dumps(handles, indent=1) + "\n")
+    for name, handle in handles.items():
+        print(f"{name}: job {handle['id']}")
+    print(f"megatron-nft status {folder.parent}\nmegatron-nft logs {folder.parent}")
+    return 0
+
+
+def jobs_of(cluster: Cluster, config: Config, num_nodes: int, num_servers: int) -> list[Job]:
+    """Each after the one before has succeeded."""
+    text = scripts.train(cluster, config, num_nodes, num_servers)
+    jobs = [Job("train", num_nodes + num_servers, text, scripts.set_up(cluster, config))]
+    if config.evaluate.sets:
+        jobs.append(Job("evaluate", 1, scripts.evaluate(cluster, config)))
+    return jobs
+
+
+def _check(cluster: Cluster, config: Config, num_nodes: int, num_servers: int) -> None:
+    if num_nodes < 1 or num_servers < 0:
+        raise ValueError(f"--nodes was {num_nodes}, --servers {num_servers}; at least 1 and 0")
+    if Path(config.run_dir).is_absolute():
+        raise ValueError(
+            f"run_dir was {config.run_dir}; it may be relative, to the cluster's workdir "
+            f"({cluster.workdir})"
+        )
+    if num_servers and config.rollout.engine != "remote":
+        raise ValueError("--servers needs rollout.engine=remote")
+    if config.rollout.engine == "remote" and not (num_servers or config.rollout.servers):
+        raise ValueError("rollout.engine=remote needs --servers N: nodes with a vLLM server each")
+    total = num_nodes * cluster.gpus_per_node
+    least = config.parallel.least_processes
+    if total % least:
+        raise ValueError(
+            f"{num_nodes} nodes of {cluster.gpus_per_node} GPUs are not divided by the layout's "
+            f"{least} processes (tensor · pipeline · context · expert); change --nodes"
+        )
+
+
+def _folder(cluster: Cluster, config: Config) -> Path:
+    """For what is written when jobs are submitted: in the run's directory, or a mirror of it."""
+    home = Path("runs", "launched") if cluster.ssh.host else Path(cluster.workdir)
+    return home / config.run_dir / "launch"
+
+
+def _title(config: Config) -> str:
+    return config.run_dir.strip("/").replace("/", "-")
+
+
+def _submit(
+    cluster: Cluster, jobs: Sequence[Job], title: str, folder: Path, *, is_dry: bool
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """The jobs' batch scripts by name, and where they are, unless `is_dry`."""
+    try:
+        import nemo_run as run
+    except ModuleNotFoundError:
+        raise ValueError(NO_NEMO_RUN) from None
+    if not is_dry and not cluster.ssh.host and not shutil.which("sbatch"):
+        raise ValueError("there is no sbatch here; submit from a login node, or give ssh.host")
+    run.config.set_nemorun_home(str(folder / "nemo-run"))
+    options = {"enable_goodbye_message": False, "skip_status_at_exit": True}
+    with run.Experiment(title, **options) as experiment:
+        before: list[str] = []
+        for job in jobs:
+            executor = _executor(run, cluster, job, title)
+            script = run.Script(inline=job.task)
+            before = [experiment.add(script, executor, job.name, dependencies=before)]
+        if is_dry:
+            experiment.dryrun(log=False, delete_exp_dir=False)
+        else:
+            experiment.run(detach=True)
+        found = {j.id: (j.executor.job_dir, j.handle) for j in experiment.jobs}
+    texts = {name: _script_of(Path(where)) for name, (where, _) in found.items()}
+    return texts, {
+        name: {"id": (handle or "").rpartition("/")[2], "folder": where}
+        for name, (where, handle) in found.items()
+    }
+
+
+def _executor(run: Any, cluster: Cluster, job: Job, title: str) -> Any:
+    """nemo-run's SlurmExecutor for a job."""
+    interface, environment = cluster.network_interface, dict(cluster.environment)
+    if interface:
+        environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
+    container = cluster.container
+    further = {name.replace("-", "_"): value for name, value in cluster.sbatch.items()}
+    if job.set_up:
+        further |= {"requeue": True, "signal": f"USR1@{cluster.notice_s}"}
+    return run.SlurmExecutor(
+        account=cluster.account or None,
+        partition=cluster.partition or None,
+        qos=cluster.qos or None,
+        time=cluster.time,
+        nodes=job.num_nodes,
+        ntasks_per_node=1,
+        gpus_per_node=cluster.gpus_per_node or None,
+        job_name_prefix=f"{title}-",
+        tunnel=_tunnel(run, cluster),
+        container_image=container.image or None,
+        container_mounts=list(container.mounts),
+        container_env=list(cluster.secrets) or None,
+        packager=run.Packager(),
+        env_vars=environment,
+        setup_lines=job.set_up or None,
+        additional_parameters=further or None,
+        poll_estimated_start_time=False,
+    )
+
+
+def _tunnel(run: Any, cluster: Cluster) -> Any:
+    ssh = cluster.ssh
+    if not ssh.host:
+        return run.LocalTunnel(job_dir="")
+    return run.SSHTunnel(
+        host=ssh.host, user=ssh.user, job_dir=ssh.job_dir, identity=ssh.identity or None
+    )
+
+
+def _script_of(folder: Path) -> str:
+    """What Slurm gets, and what it runs on each node, as nemo-run wrote them."""
+    batch = folder.with_name(f"{folder.name}_sbatch.sh").read_text()
+    task = (folder / "scripts" / f"{folder.name}.sh").read_text()
+    return f"{batch.rstrip()}\n\n# on each node:\n{task}"

@@ -1,0 +1,154 @@
+"""`megatron-nft launch` on a real Slurm: told to stop, killed, and done all the same.
+
+Row 19 of field_failures as well: a node that does not come is named within a deadline.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cluster import Slurm, trouble
+from runs import lasting, prepare_model, train
+from safetensors.numpy import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCHER = REPOSITORY / ".venv-launch" / "bin" / "megatron-nft"
+WHY_NOT = trouble() or (None if LAUNCHER.exists() else "there is no .venv-launch")
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+]
+# Slurm tells a run 30 to 90 seconds after its start: it may do so a minute early.
+CLUSTER = """
+workdir: {workdir}
+program: {program}
+gpus_per_node: 0
+partition: batch
+time: 00:03:00
+notice_s: 90
+start_timeout_s: 90
+health: {{timeout_s: {patience}}}
+"""
+SILENT = """#!/bin/sh
+[ "$1 $SLURMD_NODENAME" = "node-check node1" ] && sleep 300
+exec {program} "$@"
+"""
+ROLLOUTS = ("rollouts=45", "run_dir=runs/slurm")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with Slurm(tmp_path_factory.mktemp("slurm"), num_nodes=3) as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe with relative paths, a model that has seen sums, a cluster file."""
+    workdir = tmp_path_factory.mktemp("work")
+    prepare_model(workdir)
+    recipe = (workdir / "recipe.yaml").read_text().replace(f"{workdir}/", "")
+    (workdir / "recipe.yaml").write_text(recipe)
+    program = REPOSITORY / ".venv" / "bin" / "megatron-nft"
+    (workdir / "silent").write_text(SILENT.format(program=program))
+    (workdir / "silent").chmod(0o755)
+    for name, started, patience in (("cluster", program, 120), ("hasty", "silent", 40)):
+        text = CLUSTER.format(workdir=workdir, program=started, patience=patience)
+        (workdir / f"{name}.yaml").write_text(text)
+    return workdir
+
+
+def launch(slurm: Slurm, workdir: Path, *words: str) -> dict[str, str]:
+    """The jobs' numbers by name."""
+    command = [str(LAUNCHER), "launch", "recipe.yaml", *words]
+    done = subprocess.run(
+        command, cwd=workdir, env=slurm.environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split(": job ") for line in done.stdout.splitlines() if ": job " in line]
+    return dict(lines)
+
+
+def until(is_so: Callable[[], bool], within_s: float, slurm: Slurm) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline, (slurm.jobs(), slurm.states())
+        time.sleep(0.2)
+
+
+def num_records(run_dir: Path) -> int:
+    file = run_dir / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def test_a_run_that_is_told_to_stop_and_loses_a_node_is_the_run_it_would_have_been(
+    slurm: Slurm, workdir: Path
+) -> None:
+    jobs = launch(slurm, workdir, "--cluster", "cluster.yaml", "--nodes", "2", *ROLLOUTS)
+    run_dir, number = workdir / "runs" / "slurm", jobs["train"]
+
+    def restarts() -> int:
+        return int(slurm.job(number)["Restarts"])
+
+    def wait_for_progress() -> None:
+        start = num_records(run_dir)
+        until(lambda: num_records(run_dir) > start + 4, 200, slurm)
+
+    until(lambda: restarts() == 1, 150, slurm)  # the time limit's notice
+    wait_for_progress()
+    before = restarts()
+    slurm.run("scancel", "--signal=USR1", number)
+    until(lambda: restarts() > before, 60, slurm)
+    wait_for_progress()
+    before = restarts()
+    slurm.kill_node("node2")
+    until(lambda: restarts() > before, 100, slurm)
+    assert slurm.wait_for(number, ("COMPLETED", "FAILED"), 400)["JobState"] == "COMPLETED"
+    assert slurm.wait_for(jobs["evaluate"], ("COMPLETED", "FAILED"), 150)["JobState"] == "COMPLETED"
+    assert_as_uninterrupted(workdir, run_dir)
+    assert_is_told(slurm, workdir, run_dir)
+    slurm.start_node("node2")
+
+
+def assert_as_uninterrupted(workdir: Path, run_dir: Path) -> None:
+    """The same run on this machine, two processes of one node."""
+    with_paths = [f"run_dir={workdir}/through", f"model.path={workdir}/cold/hf"]
+    with_paths += [f"data.train[0].path={workdir}/cold.jsonl"]
+    with_paths += [f"evaluate.sets[0].path={workdir}/cold.jsonl", ROLLOUTS[0]]
+    train(workdir / "recipe.yaml", *with_paths)
+    assert lasting(run_dir) == lasting(workdir / "through")
+    ours, theirs = (
+        load_file(run / "hf" / "model.safetensors") for run in (run_dir, workdir / "through")
+    )
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    last = [r for r in lasting(run_dir) if "eval/sums/accuracy" in r][-1]
+    found = json.loads((run_dir / "evaluation" / "metrics.jsonl").read_text())
+    assert found["eval/sums/accuracy"] == last["eval/sums/accuracy"]  # of the same weights
+
+
+def assert_is_told(slurm: Slurm, workdir: Path, run_dir: Path) -> None:
+    def said(*words: str) -> str:
+        command = [str(LAUNCHER), *words]
+        done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    status = said("status", str(run_dir))
+    assert "COMPLETED" in status
+    assert "rollout 45" in status
+    assert "sums" in said("logs", str(run_dir), "--job", "evaluate")
+    assert "told to stop; queued again" in said("logs", str(run_dir))
+
+
+def test_a_node_that_is_not_well_is_left_out(slurm: Slurm, workdir: Path) -> None:
+    """node1 does not answer before the run begins; the run begins on others."""
+    until(lambda: set(slurm.states().values()) == {"idle"}, 60, slurm)
+    words = ["--cluster", "hasty.yaml", "--nodes", "2", "rollouts=2", "run_dir=runs/ill"]
+    number = launch(slurm, workdir, *words)["train"]
+    until(lambda: slurm.job(number)["ExcNodeList"] == "node1", 90, slurm)
+    assert slurm.wait_for(number, ("COMPLETED", "FAILED"), 200)["JobState"] == "COMPLETED"
+    assert slurm.job(number)["NodeList"] == "node[2-3]"
