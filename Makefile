@@ -8,6 +8,7 @@ SHELL := bash
 ARGS ?=
 bin := .venv/bin
 cores := $(shell nproc 2>/dev/null || echo 1)
+num_launches := $(shell echo $$(( $(cores) < 2 ? 1 : 2 )))
 # One worker per core, each with one thread.
 num_workers := $(shell echo $$(( $(cores) < 8 ? $(cores) : 8 )))
 
@@ -23,10 +24,14 @@ test: setup ## Run every check: lint, the fast unit tests, then the tests that s
 test-fast: setup ## Run the fast unit tests; pytest options in ARGS
 	@OMP_NUM_THREADS=1 $(bin)/pytest -m "not processes and not slurm" -n $(num_workers) $(ARGS)
 
-# pytest exits with 5 where it finds nothing to run: no failure here, as all tests may be fast ones.
+# Two files at a time, as launches are mostly imports, and then those that need the machine to
+# themselves. pytest exits with 5 where it finds nothing to run, as with -k: no failure here.
 test-processes: setup
-	@grep -rqs "mark\.processes" tests || { echo "no test starts processes"; exit 0; }; \
-	$(bin)/pytest -m processes $(ARGS) || { status=$$?; [[ $$status == 5 ]] || exit $$status; }
+	@status=0; \
+	$(bin)/pytest -m "processes and not alone" -n $(num_launches) --dist loadfile $(ARGS) || status=$$?; \
+	[[ $$status == 0 || $$status == 5 ]] || failed=1; status=0; \
+	$(bin)/pytest -m "processes and alone" $(ARGS) || status=$$?; \
+	[[ $$status == 0 || $$status == 5 ]] || failed=1; exit $${failed:-0}
 
 test-slurm: setup ## Launch runs on a real Slurm of this machine's, which is installed where root may
 	@launch/setup/slurm.sh

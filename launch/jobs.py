@@ -9,7 +9,6 @@ from typing import Any
 from launch.submit import JOBS_FILE
 
 SHOWN = ("accuracy_all", "accuracy_kept", "entropy", "loss", "grad_norm")
-NUM_LINES = 40
 
 
 def status(run_dir: Path) -> int:
@@ -26,7 +25,7 @@ def status(run_dir: Path) -> int:
     return 0
 
 
-def logs(run_dir: Path, name: str, *, follow: bool) -> int:
+def logs(run_dir: Path, name: str, *, num_lines: int = 40, follow: bool = False) -> int:
     """Print the end of what a job's nodes said last; an exit code.
 
     Raises:
@@ -39,9 +38,9 @@ def logs(run_dir: Path, name: str, *, follow: bool) -> int:
     if not files:
         raise ValueError(f"{name} has not begun: no log in {jobs[name]['folder']}")
     if follow:
-        os.execvp("tail", ["tail", f"-n{NUM_LINES}", "-F", *map(str, files)])
+        os.execvp("tail", ["tail", f"-n{num_lines}", "-F", *map(str, files)])
     for file in files[-2:]:  # the batch script's and the nodes'
-        lines = file.read_text(errors="replace").splitlines()[-NUM_LINES:]
+        lines = file.read_text(errors="replace").splitlines()[-num_lines:]
         print(f"==> {file}\n" + "\n".join(lines))
     return 0
 

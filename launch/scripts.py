@@ -14,10 +14,11 @@ from launch.cluster import Cluster
 from megatron_nft.config import Config
 from megatron_nft.notice import REQUEUE
 
-SIGNALLED = (128 + 10, 128 + 15)  # SIGUSR1, SIGTERM: told to stop before it listened
+UNHEARD = 128 + 10  # SIGUSR1 ended a launcher that did not listen yet
 END = "END_OF_RECIPE"
 
 # Queued again: who was told to stop, and who failed after coming further than at the last failure.
+# Where one node fails Slurm ends the others with SIGTERM, which is no notice for that reason.
 AGAIN = """\
 export NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ,)
 export NODE_0=${{NODE_NAMES%%,*}}
@@ -77,6 +78,7 @@ exec {program} train "$recipe" --nodes {nodes} --node-rank "$SLURM_NODEID" \
 
 # The last nodes serve; the first ones train, and end the servers by a file when they are done.
 TRAIN_AND_SERVE = """\
+trap '' USR1  # Slurm sends the notice to this shell too
 names=(${{NODE_NAMES//,/ }})
 done=$PWD/{state}/done_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}
 if [ "$SLURM_NODEID" -ge {nodes} ]; then
@@ -101,7 +103,7 @@ exit $code
 def set_up(cluster: Cluster, config: Config) -> str:
     """Lines of the training job's batch script, before its tasks."""
     run_dir = PurePosixPath(cluster.workdir) / config.run_dir
-    stopped = "|".join(map(str, (REQUEUE, *SIGNALLED)))
+    stopped = "|".join(map(str, (REQUEUE, UNHEARD)))
     text = AGAIN.format(
         state=shlex.quote(str(run_dir / "launch")),
         run_dir=shlex.quote(str(run_dir)),

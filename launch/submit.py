@@ -162,6 +162,9 @@ def _executor(run: Any, cluster: Cluster, job: Job, title: str) -> Any:
         packager=run.Packager(),
         env_vars=environment,
         setup_lines=job.set_up or None,
+        # nemo-run's 1 would end the others the moment that one node leaves with notice.REQUEUE; a
+        # node that fails ends them a minute later (--wait)
+        srun_args=["--kill-on-bad-exit=0"],
         additional_parameters=further or None,
         poll_estimated_start_time=False,
     )

@@ -170,6 +170,9 @@ def _add_launching(commands: argparse._SubParsersAction) -> None:
     logs = commands.add_parser("logs", help="what a launched run's jobs said last")
     logs.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     logs.add_argument("--job", default="train", help="train or evaluate (default: %(default)s)")
+    logs.add_argument(
+        "-n", "--lines", type=int, default=40, metavar="N", help="default: %(default)s"
+    )
     logs.add_argument("-f", "--follow", action="store_true", help="go on as more is said")
     logs.set_defaults(run=_logs)
 
@@ -205,7 +208,8 @@ def _status(arguments: argparse.Namespace) -> int:
 def _logs(arguments: argparse.Namespace) -> int:
     from launch.jobs import logs
 
-    return logs(arguments.run_dir, arguments.job, follow=arguments.follow)
+    options = {"num_lines": arguments.lines, "follow": arguments.follow}
+    return logs(arguments.run_dir, arguments.job, **options)
 
 
 def _node_check(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from megatron_nft import recipe
 from megatron_nft.config import Config
 from megatron_nft.nodes import ALONE, Nodes, roll_call
 from megatron_nft.nodes import check as check_nodes
-from megatron_nft.notice import REQUEUE, SIGNALS, Notice
+from megatron_nft.notice import SIGNALS, Notice
 from megatron_nft.policy import fp8
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -101,7 +101,7 @@ def _rendezvous(nodes: Nodes) -> list[str]:
 
 
 def _run_agent(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """The agent's exit code; REQUEUE where a scheduler's notice ended the run.
+    """The agent's exit code, notice.REQUEUE where the training processes have saved and left.
 
     The notice is for the training processes alone: torchrun would end them half a minute later,
     whatever they are doing. They are told again and again, as they may not listen yet.
@@ -113,7 +113,7 @@ def _run_agent(command: Sequence[str], environment: Mapping[str, str]) -> int:
                 agent.wait(FORWARD_EVERY_S)
             if notice.has_come:
                 _tell_children(agent.pid)
-    return REQUEUE if notice.has_come and agent.returncode else agent.returncode
+    return agent.returncode
 
 
 def _become_agent() -> None:

@@ -450,6 +450,35 @@ def test_layouts_fit_the_hardware_the_recipes_name(name: str, num_gpus: int) -> 
     assert sequences % (num_gpus // config.parallel.tensor) == 0
 
 
+BASELINES = {
+    "rft": {"objective.name": "rft", "objective.omega": "uniform"},
+    "grpo": {"objective.name": "grpo", "objective.clip_high": 0.2, "rollout.max_asks": 1},
+    "dr_grpo": {"objective.name": "dr_grpo", "objective.denominator": "constant"},
+    "dapo": {"objective.name": "dapo", "objective.clip_high": 0.28},
+}
+
+
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_differs_from_the_recipe_in_its_objective_alone(model: str, name: str) -> None:
+    config = load(RECIPES / f"{model}-{name}.yaml")
+    held = dict(leaves(config))
+    assert {key: held[key] for key in BASELINES[name]} == BASELINES[name]
+    changed = differences(load(RECIPES / f"{model}.yaml"), config)
+    may_change = ("run_dir", "objective.", *(["rollout."] if name == "grpo" else []))
+    assert all(key.startswith(may_change) for key in changed), changed
+
+
+def test_every_recipe_has_a_run_directory_of_its_own_and_says_what_it_needs() -> None:
+    paths = [path for path in RECIPES.iterdir() if not path.name.startswith("demo")]
+    assert len(paths) >= 13
+    configs = [load(path) for path in paths]
+    assert len({config.run_dir for config in configs}) == len(paths)
+    for path in paths:
+        comment = path.read_text(encoding="utf-8").partition("\nbase:")[0]
+        assert "Published" in comment or "no result" in comment, path
+
+
 def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         GOOD.seed = 1

@@ -383,6 +383,7 @@ VERBS = pytest.mark.parametrize(
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 @VERBS
 def test_a_killed_process_leaves_no_directory(large: Path, verb: Convert, source: str) -> None:
     before = contents(large)
@@ -403,6 +404,7 @@ def test_a_killed_process_leaves_no_directory(large: Path, verb: Convert, source
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 @VERBS
 def test_an_interrupted_process_leaves_nothing_and_a_second_one_is_refused(
     large: Path, verb: Convert, source: str
@@ -439,6 +441,7 @@ print((one - imported) >> 10, (peak() - imported) >> 10)
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Tensors of 200 MB, 600 MB together: a few pieces of them at a time, either way."""
     hf = save_model(tmp_path / "hf", "llama")

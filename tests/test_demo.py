@@ -12,6 +12,7 @@ PNG = b"\x89PNG"
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_the_demo_learns_from_a_third_to_three_quarters(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "megatron_nft", "demo", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)

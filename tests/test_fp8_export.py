@@ -296,6 +296,7 @@ REFUSALS = (
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_vllm_computes_with_the_weights_that_the_export_stands_for(
     tmp_path: Path, scheme: str

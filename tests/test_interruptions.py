@@ -18,7 +18,7 @@ import pytest
 from runs import command, lasting, train
 from safetensors.numpy import load_file
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.alone]
 EIGHT = ("rollouts=8", "parallel.tensor=1", "parallel.num_processes=1")
 
 

@@ -35,7 +35,7 @@ from megatron_nft.rollout.groups import Problem, Response
 from megatron_nft.rollout.remote import RemoteEngine
 from megatron_nft.rollout.servers import ServerProcess
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.alone]
 
 NUM_PROBLEMS = 40
 MAX_TOKENS = 2048  # answers of the random models have some 70 tokens, one has 700

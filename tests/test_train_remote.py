@@ -12,7 +12,7 @@ from runs import command, lasting, train
 
 from megatron_nft.metrics import read_metrics
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.alone]
 REMOTE = ["rollout.engine=remote", "parallel.tensor=1", "evaluate.every=2"]
 AHEAD = [*REMOTE, "old_logp=rollout", "rollout.max_steps_off_policy=1"]
 LEARNED = ("loss", "grad_norm", "entropy", "tokens_sampled", "accuracy_all", "accuracy_kept")

@@ -81,6 +81,7 @@ def judge(verifier: Verifier, items: Iterable[tuple[str, str]]) -> list[Verdict]
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_hostile_answers_get_a_verdict_in_time_and_disturb_nobody(
     verifier: Verifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,6 +107,7 @@ def test_hostile_answers_get_a_verdict_in_time_and_disturb_nobody(
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_verdicts_come_in_order_and_identical_answers_are_judged_once(verifier: Verifier) -> None:
     items = [(rf"\boxed{{\frac{{{i}}}{{7}}}}", rf"\frac{{{i + i % 3}}}{{7}}") for i in range(60)]
     expected = [CORRECT if i % 3 == 0 else WRONG for i in range(60)]
@@ -119,6 +121,7 @@ def test_verdicts_come_in_order_and_identical_answers_are_judged_once(verifier: 
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_the_cache_is_bounded(verifier: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
     verifier._cache.clear()
     monkeypatch.setattr(verifier_module, "MAX_CACHED", 3)
@@ -127,6 +130,7 @@ def test_the_cache_is_bounded(verifier: Verifier, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 @pytest.mark.parametrize("victim", ["judge", "worker", "all"])
 def test_a_killed_process_loses_nothing(verifier: Verifier, victim: str) -> None:
     """SIGKILL strikes while an answer is being judged that takes until its deadline."""
@@ -156,6 +160,7 @@ def test_a_killed_process_loses_nothing(verifier: Verifier, victim: str) -> None
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_verdicts_that_nobody_waits_for_do_not_pass_for_others(verifier: Verifier) -> None:
     asked = [Question(rf"\boxed{{\frac{{{i}}}{{23}}}}", r"\frac{1}{23}") for i in (1, 1, 3)]
     promised = verifier.submit(asked)
@@ -164,6 +169,7 @@ def test_verdicts_that_nobody_waits_for_do_not_pass_for_others(verifier: Verifie
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_who_has_too_many_answers_waits(
     verifier: Verifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +181,7 @@ def test_who_has_too_many_answers_waits(
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_workers_are_replaced_after_some_answers() -> None:
     options = VerifyConfig(workers=1, timeout_s=TIMEOUT_S, answers_per_worker=10)
     with Verifier(options) as verifier:
@@ -188,6 +195,7 @@ def test_workers_are_replaced_after_some_answers() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_nothing_is_left_after_close_even_of_busy_workers() -> None:
     with Verifier(VerifyConfig(workers=1, timeout_s=TIMEOUT_S)) as verifier:
         assert judge(verifier, [(r"\boxed{\frac{1}{2}}", "0.5")]) == [CORRECT]
@@ -202,6 +210,7 @@ def test_nothing_is_left_after_close_even_of_busy_workers() -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_workers_follow_a_parent_that_is_killed(tmp_path: Path) -> None:
     """One worker idle, one in the middle of 9^9^9^9; the parent is heavy and has no guard."""
     script = tmp_path / "parent.py"
@@ -245,6 +254,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("program", "expected_counts"),
     [
@@ -264,6 +274,7 @@ def test_a_worker_that_fails_makes_an_answer_unverifiable(
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "command", lambda _: [sys.executable, "-c", "raise SystemExit(7)"])
     with (

@@ -107,6 +107,7 @@ def _workers_dying(verifier: Verifier, seed: int) -> Iterator[list[int]]:
 
 
 @pytest.mark.processes
+@pytest.mark.alone
 def test_twenty_thousand_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rng = random.Random(0)

@@ -16,6 +16,8 @@ from typing import Self
 
 import psutil
 
+from megatron_nft.processes import end_with_parent
+
 CTLD_PORT, FIRST_PORT = 16817, 17001
 CPUS, MEMORY_MB = 4, 8000  # that a node claims to have
 PROGRAMS = ("slurmctld", "slurmd", "munged", "unshare", "scontrol", "sbatch")
@@ -105,6 +107,9 @@ class Slurm:
         deadline = time.monotonic() + 15
         while self.jobs() and time.monotonic() < deadline:
             time.sleep(0.5)
+        for node in self.nodes:
+            if node in self._daemons:
+                self.kill_node(node)  # with whatever of a job is left
         for name in list(self._daemons):
             self._end(name)
 
@@ -174,7 +179,12 @@ class Slurm:
     def _start(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdout=out, stderr=out, start_new_session=True
+                command,
+                env=self.environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=end_with_parent,  # also where the tests are killed
             )
 
     def _end(self, name: str) -> None:
