@@ -80,6 +80,8 @@ def _check(cluster: Cluster) -> None:
         raise ValueError("program is empty; give the path of `megatron-nft`, or container.image")
     if not TIME.fullmatch(cluster.time):
         raise ValueError(f"time was {cluster.time!r}; it may be like 04:00:00 or 1-00:00:00")
+    if cluster.notice_s >= _seconds(cluster.time):
+        raise ValueError(f"notice_s was {cluster.notice_s}; it may be less than time")
     for key in ("notice_s", "gpus_per_node", "start_timeout_s"):
         if getattr(cluster, key) < 0:
             raise ValueError(f"{key} was {getattr(cluster, key)}; it may be 0 or more")
@@ -88,10 +90,26 @@ def _check(cluster: Cluster) -> None:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{key} has {name!r}; it may have names of variables, no values")
     for name in cluster.environment:
-        if name in cluster.secrets or re.search("TOKEN|SECRET|PASSWORD|API_KEY", name):
+        if name != name.upper():
+            raise ValueError(f"environment.{name}: nemo-run would make it {name.upper()}")
+        if name in cluster.secrets or re.search("TOKEN|SECRET|PASS|KEY$", name, re.IGNORECASE):
             raise ValueError(
                 f"environment.{name}: a secret's value would stand in every job's script; list its "
                 "name in `secrets` and set it in your shell there"
             )
     if cluster.ssh.host and not (cluster.ssh.user and cluster.ssh.job_dir):
         raise ValueError("ssh.host needs ssh.user and ssh.job_dir")
+
+
+def _seconds(time: str) -> int:
+    """Of Slurm's [days-]hours:minutes:seconds, where less is minutes[:seconds] or days-hours."""
+    days, _, clock = time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        parts = parts + [0] * (3 - len(parts))
+    elif len(parts) == 1:
+        parts = [0, *parts, 0]
+    elif len(parts) == 2:
+        parts = [0, *parts]
+    hours, minutes, seconds = parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds

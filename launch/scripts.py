@@ -17,20 +17,33 @@ from megatron_nft.notice import REQUEUE
 UNHEARD = 128 + 10  # SIGUSR1 ended a launcher that did not listen yet
 END = "END_OF_RECIPE"
 
-# Queued again: who was told to stop, and who failed after coming further than at the last failure.
-# Where one node fails Slurm ends the others with SIGTERM, which is no notice for that reason.
+# Queued again: who was told to stop, unless three times without a newer checkpoint; and who failed
+# after coming further than at the last failure. Where one node fails Slurm ends the others with
+# SIGTERM, which is no notice for that reason. Slurm ends this shell with it too, at the time limit.
 AGAIN = """\
 export NODE_NAMES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd ,)
 export NODE_0=${{NODE_NAMES%%,*}}
 state={state}
 mkdir -p "$state"
+newest() {{
+    (cd {run_dir}/checkpoints 2>/dev/null && ls -d rollout_* | grep -v '[.]' | sort -V | tail -n 1)
+}}
 queue_again() {{
-    local code=$? newest last
+    local code=${{1:-$?}} newest last
+    set +e
+    trap '' TERM  # requeue ends this script
     [ "$code" = 0 ] && return
+    newest=$(newest)
     case $code in
-    {stopped}) echo "megatron-nft: told to stop; queued again" ;;
+    {stopped})
+        echo "$newest" >>"$state/stopped_at"
+        if [ "$(tail -n 3 "$state/stopped_at" | grep -cx "$newest")" = 3 ]; then
+            echo "megatron-nft: told to stop, 3 times at the same checkpoint; not queued again:" \
+                "a job's time is too short for a rollout, or there is no room for checkpoints"
+            return
+        fi
+        echo "megatron-nft: told to stop; queued again" ;;
     *)
-        newest=$(cd {run_dir}/checkpoints && ls -d rollout_* | grep -v '[.]' | sort -V | tail -n 1)
         last=$(cat "$state/failed_at" 2>/dev/null || echo never)
         if [ "$newest" = "$last" ]; then
             echo "megatron-nft: failed (exit code $code), no further than before; not queued again"
@@ -43,22 +56,31 @@ queue_again() {{
     sleep 30  # until Slurm ends this script
 }}
 trap queue_again EXIT
+trap '[ "$(date +%s)" -lt "${{SLURM_JOB_END_TIME:-9999999999}}" ] || queue_again 143' TERM
 """
 
 # Each node says that it is well in a file; the job is queued again without those that do not.
 HEALTH = """\
 well=$state/well_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}
 mkdir -p "$well"
-timeout {timeout_s} srun --overlap --kill-on-bad-exit=0 {container}{program} node-check \
+timeout -k 30 {timeout_s} srun --overlap --kill-on-bad-exit=0 {container}{program} node-check \
 {options} --folder "$well"
 ill=
 for name in ${{NODE_NAMES//,/ }}; do [ -e "$well/$name" ] || ill="$ill,$name"; done
 if [ -n "$ill" ]; then
-    echo "megatron-nft: not well, or silent for {timeout_s} s: ${{ill#,}}; queued again without"
-    scontrol requeue "$SLURM_JOB_ID"
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{ill#,}}"
-    sleep 30
+    trap '' TERM
     trap - EXIT
+    echo "megatron-nft: not well, or silent for {timeout_s} s: ${{ill#,}}"
+    if [ "${{ill#,}}" = "$NODE_NAMES" ]; then
+        echo "megatron-nft: that is all of them; not queued again, look at what was asked of them"
+        exit 1
+    fi
+    echo "megatron-nft: queued again without"
+    known=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ ]*\\).*/,\1/p')
+    [ "$known" = ",(null)" ] && known=
+    scontrol requeue "$SLURM_JOB_ID"
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{ill#,}}$known"
+    sleep 30
     exit 1
 fi
 """
@@ -73,7 +95,8 @@ cat >"$recipe" <<'{end}'
 
 TRAIN = """\
 exec {program} train "$recipe" --nodes {nodes} --node-rank "$SLURM_NODEID" \
---meeting "$NODE_0" --node-names "$NODE_NAMES" --start-timeout {start_timeout_s:g}
+--meeting "$NODE_0:$((20000 + SLURM_JOB_ID % 20000))" --node-names "$NODE_NAMES" \
+--start-timeout {start_timeout_s:g}
 """
 
 # The last nodes serve; the first ones train, and end the servers by a file when they are done.
@@ -83,18 +106,23 @@ names=(${{NODE_NAMES//,/ }})
 done=$PWD/{state}/done_${{SLURM_JOB_ID}}_${{SLURM_RESTART_COUNT:-0}}
 if [ "$SLURM_NODEID" -ge {nodes} ]; then
     {program} serve "$recipe" --host "$(hostname)" --port {port} &
-    until [ -e "$done" ] || ! kill -0 $!; do sleep 2; done
-    if [ ! -e "$done" ]; then wait $!; exit 1; fi
-    kill $!
-    wait $! || true
+    server=$!
+    # looked for by a listing: network file systems remember what was not there
+    until ls "$(dirname "$done")" | grep -qx "$(basename "$done")" || ! kill -0 $server; do
+        sleep 2
+    done
+    if [ ! -e "$done" ]; then wait $server; exit 1; fi
+    kill $server
+    for _ in $(seq 30); do kill -0 $server 2>/dev/null || exit 0; sleep 1; done
+    kill -9 $server
     exit 0
 fi
 servers=$(printf ',http://%s:{port}' "${{names[@]:{nodes}}}")
 trained=$(IFS=,; echo "${{names[*]:0:{nodes}}}")
 code=0
 {program} train "$recipe" --nodes {nodes} --node-rank "$SLURM_NODEID" \
---meeting "$NODE_0" --node-names "$trained" --start-timeout {start_timeout_s:g} \
-"rollout.servers=[${{servers#,}}]" || code=$?
+--meeting "$NODE_0:$((20000 + SLURM_JOB_ID % 20000))" --node-names "$trained" \
+--start-timeout {start_timeout_s:g} "rollout.servers=[${{servers#,}}]" || code=$?
 touch "$done"
 exit $code
 """

@@ -4,7 +4,10 @@ A run converts nothing and exports by itself: it reads the Hugging Face model, a
 """
 
 import json
+import re
+import shlex
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from megatron_nft import recipe
 from megatron_nft.config import Config
 
 JOBS_FILE = "jobs.json"  # in run_dir/launch
+OTHERS_END_AFTER_S = 180  # once a node's task has ended, however it did
 NO_NEMO_RUN = (
     "launch needs nemo-run, which has an environment of its own: run launch/setup/bootstrap.sh "
     "launch, then .venv-launch/bin/megatron-nft launch …"
@@ -59,11 +63,16 @@ def launch(
         print("\n".join(f"# {name}\n{text}" for name, text in texts.items()))
         return 0
     folder = _folder(cluster, config)
+    if not cluster.ssh.host:
+        _check_not_running(folder)
     _, handles = _submit(cluster, jobs, _title(config), folder, is_dry=False)
     (folder / JOBS_FILE).write_text(json.dumps(handles, indent=1) + "\n")
     for name, handle in handles.items():
         print(f"{name}: job {handle['id']}")
-    print(f"megatron-nft status {folder.parent}\nmegatron-nft logs {folder.parent}")
+    if cluster.ssh.host:
+        print(f"its files are on {cluster.ssh.host}, in {cluster.workdir}/{config.run_dir}")
+    else:
+        print(f"megatron-nft status {folder.parent}\nmegatron-nft logs {folder.parent}")
     return 0
 
 
@@ -88,6 +97,11 @@ def _check(cluster: Cluster, config: Config, num_nodes: int, num_servers: int) -
         raise ValueError("--servers needs rollout.engine=remote")
     if config.rollout.engine == "remote" and not (num_servers or config.rollout.servers):
         raise ValueError("rollout.engine=remote needs --servers N: nodes with a vLLM server each")
+    if re.search(r"\s|/nemo_run", f"{cluster.workdir}{config.run_dir}"):
+        raise ValueError(
+            f"workdir {cluster.workdir} and run_dir {config.run_dir} may hold no spaces, and no "
+            "/nemo_run: nemo-run's scripts do not stand it"
+        )
     total = num_nodes * cluster.gpus_per_node
     least = config.parallel.least_processes
     if total % least:
@@ -95,6 +109,24 @@ def _check(cluster: Cluster, config: Config, num_nodes: int, num_servers: int) -
             f"{num_nodes} nodes of {cluster.gpus_per_node} GPUs are not divided by the layout's "
             f"{least} processes (tensor · pipeline · context · expert); change --nodes"
         )
+    if config.evaluate.sets and cluster.gpus_per_node % least:
+        raise ValueError(
+            f"the evaluation has one node of {cluster.gpus_per_node} GPUs, which the layout's "
+            f"{least} processes do not divide; set evaluate.sets=[] and evaluate by another recipe"
+        )
+
+
+def _check_not_running(folder: Path) -> None:
+    """Raise ValueError where an earlier launch's jobs wait or run."""
+    file = folder / JOBS_FILE
+    numbers = [job["id"] for job in json.loads(file.read_text()).values()] if file.exists() else []
+    for number in numbers:
+        queued = subprocess.run(["squeue", "-h", "-j", number], capture_output=True, text=True)
+        if queued.stdout.strip():
+            raise ValueError(
+                f"{folder.parent} has been launched: job {number} waits or runs; scancel it first, "
+                "or give another run_dir"
+            )
 
 
 def _folder(cluster: Cluster, config: Config) -> Path:
@@ -143,9 +175,12 @@ def _executor(run: Any, cluster: Cluster, job: Job, title: str) -> Any:
     if interface:
         environment |= {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     container = cluster.container
-    further = {name.replace("-", "_"): value for name, value in cluster.sbatch.items()}
+    # nemo-run writes True as a flag without a value
+    further = {name.replace("-", "_"): value or True for name, value in cluster.sbatch.items()}
     if job.set_up:
         further |= {"requeue": True, "signal": f"USR1@{cluster.notice_s}"}
+    else:
+        further |= {"kill_on_invalid_dep": "yes"}  # else it waits for ever where training failed
     return run.SlurmExecutor(
         account=cluster.account or None,
         partition=cluster.partition or None,
@@ -160,11 +195,11 @@ def _executor(run: Any, cluster: Cluster, job: Job, title: str) -> Any:
         container_mounts=list(container.mounts),
         container_env=list(cluster.secrets) or None,
         packager=run.Packager(),
-        env_vars=environment,
+        env_vars={name: shlex.quote(value) for name, value in environment.items()},
         setup_lines=job.set_up or None,
         # nemo-run's 1 would end the others the moment that one node leaves with notice.REQUEUE; a
-        # node that fails ends them a minute later (--wait)
-        srun_args=["--kill-on-bad-exit=0"],
+        # node that fails ends them a little later
+        srun_args=["--kill-on-bad-exit=0", f"--wait={OTHERS_END_AFTER_S}"],
         additional_parameters=further or None,
         poll_estimated_start_time=False,
     )

@@ -10,6 +10,8 @@ from checkpoints_conversion import commands as conversion
 from megatron_nft import __version__
 from megatron_nft.nodes import MEETING_PORT, Nodes
 
+UNDER_TORCHRUN = "TORCHELASTIC_RUN_ID"  # LOCAL_RANK is set by containers' Slurm hooks too
+
 DESCRIPTION = """\
 Negative-aware Fine-Tuning (NFT, arXiv 2505.18116): a language model learns from its own
 verified answers, right and wrong."""
@@ -21,7 +23,7 @@ def main() -> None:
     try:
         sys.exit(arguments.run(arguments))
     except ValueError as error:
-        if "TORCHELASTIC_RUN_ID" in os.environ:
+        if UNDER_TORCHRUN in os.environ:
             raise  # torchrun reports what its processes raise
         sys.exit(_complain(str(error)))
     except KeyboardInterrupt:
@@ -235,7 +237,7 @@ def _under_torchrun(arguments: argparse.Namespace, verb: str) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    if "LOCAL_RANK" in os.environ:
+    if UNDER_TORCHRUN in os.environ:
         return _under_torchrun(arguments, "evaluate")
     from megatron_nft.processes import evaluate
 
@@ -243,7 +245,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    if "LOCAL_RANK" in os.environ:
+    if UNDER_TORCHRUN in os.environ:
         return _under_torchrun(arguments, "train")
     from megatron_nft.processes import run
 

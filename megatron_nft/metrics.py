@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import resource
+import signal
 import sys
 import time
 import uuid
@@ -17,6 +18,7 @@ from typing import Protocol, Self
 from omegaconf import OmegaConf
 
 from megatron_nft.config import LoggingConfig
+from megatron_nft.notice import unheard
 
 FILE_NAME = "metrics.jsonl"
 NON_FINITE = "non_finite"  # how many of a record's values were NaN or infinite
@@ -214,14 +216,16 @@ class _WeightsAndBiases:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:8])
         recipe = run_dir / "config.yaml"
-        self._run = wandb.init(
-            project=config.wandb_project,
-            name=config.wandb_name or None,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=str(run_dir),
-            config=OmegaConf.to_container(OmegaConf.load(recipe)) if recipe.exists() else None,
-        )
+        held = OmegaConf.to_container(OmegaConf.load(recipe)) if recipe.exists() else None
+        with unheard(signal.SIGUSR1):  # it starts a process, which the notice would end
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=config.wandb_name or None,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=str(run_dir),
+                config=held,
+            )
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         self._run.log(values, step=step)

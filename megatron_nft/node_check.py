@@ -14,6 +14,7 @@ from pathlib import Path
 GIB = 2**30
 MEASURED_BYTES, NUM_MEASURED = 256 * 2**20, 5
 TIMEOUT_S = 180.0
+MARK = "bus bandwidth: "  # NCCL prints too
 
 
 def check(folder: Path, num_gpus: int, min_free_gib: float, min_all_reduce: float) -> int:
@@ -75,7 +76,7 @@ def _all_reduce(num_gpus: int, least: float) -> list[str]:
         return [f"an all-reduce among its GPUs did not end within {TIMEOUT_S:g} s"]
     if done.returncode:
         return [f"an all-reduce among its GPUs failed: {done.stderr.strip()[-2000:]}"]
-    rate = float(done.stdout.split()[-1])
+    rate = next(float(x[len(MARK) :]) for x in done.stdout.split("\n") if x.startswith(MARK))
     if rate < least:
         return [f"an all-reduce among its GPUs moves {rate:.2f} GiB/s, and {least:g} are wanted"]
     return []
@@ -110,4 +111,4 @@ def measure() -> float:
 if __name__ == "__main__":
     rate = measure()
     if os.environ["RANK"] == "0":
-        print(rate)
+        print(f"\n{MARK}{rate}")

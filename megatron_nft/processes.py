@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -46,7 +47,7 @@ def run(path: Path, overrides: Sequence[str], nodes: Nodes = ALONE, *, verb: str
         num_here, trouble = 0, ""
         try:
             num_here = _check(config, nodes)
-        except ValueError as error:
+        except (ValueError, OSError, RuntimeError) as error:
             trouble = str(error)
         roll_call(nodes, trouble)
     logs = Path(config.run_dir) / "logs"
@@ -138,7 +139,7 @@ def end_with_parent() -> None:
 def evaluate(path: Path, overrides: Sequence[str], model: Path | None) -> int:
     """Evaluate a model, that which the recipe's run exported unless one is given; an exit code.
 
-    The numbers are left in the run's directory, `evaluation/`.
+    The numbers are left in the run's directory, in a folder of `evaluation/`.
 
     Raises:
         ValueError: see run; or the recipe has no evaluation sets.
@@ -147,7 +148,11 @@ def evaluate(path: Path, overrides: Sequence[str], model: Path | None) -> int:
     if not config.evaluate.sets:
         raise ValueError("evaluate.sets is empty: there is nothing to evaluate")
     run_dir = Path(config.run_dir)
-    changed = [f"run_dir={run_dir / 'evaluation'}", f"model.path={model or run_dir / 'hf'}"]
+    where = run_dir / "evaluation" / time.strftime("%Y-%m-%d_%H-%M-%S")
+    changed = [f"run_dir={where}", f"model.path={model or run_dir / 'hf'}"]
+    changed += ["rollout.weight_transfer=files"]
+    if config.model.dtype == "bfloat16":
+        changed += ["memory.offload=true"]  # one node may have no room for an optimizer beside vLLM
     changed += ["rollout.engine=colocated", "rollout.servers=[]", "parallel.num_processes=0"]
     changed += ["rollout.max_steps_off_policy=0", "rollout.in_flight_updates=false"]
     return run(path, [*overrides, *changed], verb="evaluate")

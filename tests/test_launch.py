@@ -30,7 +30,7 @@ def run_of(path: Path, *words: str, **changes: Any) -> tuple[clusters.Cluster, A
 def test_the_example_loads() -> None:
     cluster = clusters.load(EXAMPLE)
     assert cluster.gpus_per_node == 8
-    assert cluster.sbatch == {"exclusive": "true", "mem": "0"}
+    assert cluster.sbatch == {"exclusive": "", "mem": "0"}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,10 @@ def test_the_example_loads() -> None:
         ({"program": ""}, "program is empty"),
         ({"time": "4h"}, "time was '4h'; it may be like 04:00:00"),
         ({"notice_s": -1}, "notice_s was -1"),
+        ({"time": "5", "notice_s": 300}, "notice_s was 300; it may be less than time"),
+        ({"time": "04:00", "notice_s": 240}, "notice_s was 240"),
+        ({"environment": {"http_proxy": "a"}}, "nemo-run would make it HTTP_PROXY"),
+        ({"environment": {"WANDB_KEY": "a"}}, "environment.WANDB_KEY: a secret's value"),
         ({"environment": {"HF_TOKEN": "hf_abc"}}, "environment.HF_TOKEN: a secret's value"),
         ({"secrets": ["HF_TOKEN=hf_abc"]}, "secrets has 'HF_TOKEN=hf_abc'; it may have names"),
         ({"environment": {"A": 1}}, "environment.A was 1"),
@@ -134,7 +138,7 @@ def queue_again(tmp_path: Path, code: int) -> str:
         (bin_ / name).write_text(f"#!/bin/sh\n{text}\n")
         (bin_ / name).chmod(0o755)
     cluster, config = run_of(write(tmp_path, workdir=str(tmp_path)), "run_dir=run")
-    text = scripts.set_up(cluster, config) + f"\nexit {code}\n"
+    text = scripts.set_up(cluster, config) + f"\nset -e\nexit {code}\n"  # as nemo-run's
     environment = {"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
     told.write_text("")
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
@@ -159,4 +163,6 @@ def test_a_job_is_queued_again_while_that_is_of_use(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "rollout_9").mkdir()
     assert queue_again(tmp_path, 1) == again
     assert (tmp_path / "run" / "launch" / "failed_at").read_text() == "rollout_10\n"
+    assert [queue_again(tmp_path, 85) for _ in range(4)] == [again, again, "", ""]  # no further
+    (tmp_path / "run" / "checkpoints" / "rollout_12").mkdir()
     assert queue_again(tmp_path, 85) == again

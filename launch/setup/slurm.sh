@@ -7,7 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 launch/setup/bootstrap.sh launch || echo "setup: no .venv-launch, see above" >&2
 
 PATH=$PATH:/usr/sbin:/sbin
-if command -v slurmctld slurmd munged sbatch >/dev/null; then exit; fi
+missing=
+for name in slurmctld slurmd munged sbatch; do command -v "$name" >/dev/null || missing=$name; done
+if [[ -z $missing ]]; then exit; fi
 if ((EUID != 0)) || ! command -v apt-get >/dev/null; then
     echo "setup: Slurm is not installed, and only root can install it here (apt-get)" >&2
     exit

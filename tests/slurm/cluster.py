@@ -4,6 +4,7 @@ slurmctld, slurmd and munged are started by hand in a scratch folder; nothing of
 configuration is read or changed, but names of the nodes are added to the hosts file.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -123,7 +124,7 @@ class Slurm:
         steps = [p for p in psutil.process_iter(["cmdline"]) if _is_step_of(p, daemon)]
         victims = [q for p in [daemon, *steps] for q in [p, *p.children(recursive=True)]]
         for victim in victims:
-            if victim.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
 
     def states(self) -> dict[str, str]:
@@ -207,7 +208,9 @@ def _is_step_of(process: psutil.Process, daemon: psutil.Process) -> bool:
     """slurmstepd is in its node's UTS namespace, and outlives slurmd."""
     if "slurmstepd" not in " ".join(process.info["cmdline"] or []):
         return False
-    return _uts(process.pid) == _uts(daemon.pid)
+    with contextlib.suppress(FileNotFoundError):
+        return _uts(process.pid) == _uts(daemon.pid)
+    return False
 
 
 def _uts(pid: int) -> str:

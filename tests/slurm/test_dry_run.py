@@ -25,8 +25,15 @@ def test_a_dry_run_prints_sound_scripts_and_leaves_nothing(path: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
     jobs = done.stdout.split("# on each node:\n")
     batch = jobs[0][jobs[0].index("#!/bin/bash") :]
-    for line in ("--nodes=4", "--account=my_account", "--signal=USR1@300", "--mem=0", "--requeue"):
-        assert f"#SBATCH {line}" in batch
+    for line in (
+        "--nodes=4",
+        "--account=my_account",
+        "--signal=USR1@300",
+        "--mem=0",
+        "--requeue",
+        "--exclusive",
+    ):
+        assert f"#SBATCH {line}\n" in batch
     for script in (batch, jobs[1].split("\n# evaluate\n")[0]):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert "trap queue_again EXIT" in batch

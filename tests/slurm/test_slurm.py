@@ -27,8 +27,8 @@ workdir: {workdir}
 program: {program}
 gpus_per_node: 0
 partition: batch
-time: 00:10:00
-notice_s: 60
+time: 00:15:00
+notice_s: 120
 start_timeout_s: 90
 health: {{timeout_s: {patience}}}
 """
@@ -99,16 +99,17 @@ def test_a_run_that_is_told_to_stop_and_loses_a_node_is_the_run_it_would_have_be
         until(lambda: num_records(run_dir) > start + 4, 300, slurm)
 
     wait_for_progress()
-    minutes = int(slurm.run("squeue", "--noheader", "--jobs", number, "-o", "%M")[:-3]) + 1
+    minutes = int(slurm.run("squeue", "--noheader", "--jobs", number, "-o", "%M")[:-3]) + 2
     slurm.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")  # notice is due
     until(lambda: restarts() == 1, 100, slurm)
-    slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=10")
+    slurm.run("scontrol", "update", f"JobId={number}", "TimeLimit=15")
     wait_for_progress()
     before = restarts()
     slurm.run("scancel", "--signal=USR1", number)
     until(lambda: restarts() > before, 60, slurm)
     wait_for_progress()
     before = restarts()
+    assert slurm.job(number)["NodeList"] == "node[1-2]"
     slurm.kill_node("node2")
     until(lambda: restarts() > before, 100, slurm)
     assert slurm.wait_for(number, ("COMPLETED", "FAILED"), 400)["JobState"] == "COMPLETED"
@@ -130,7 +131,8 @@ def assert_as_uninterrupted(workdir: Path, run_dir: Path) -> None:
     )
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
     last = [r for r in lasting(run_dir) if "eval/sums/accuracy" in r][-1]
-    found = json.loads((run_dir / "evaluation" / "metrics.jsonl").read_text())
+    [file] = (run_dir / "evaluation").glob("*/metrics.jsonl")
+    found = json.loads(file.read_text())
     assert found["eval/sums/accuracy"] == last["eval/sums/accuracy"]  # of the same weights
 
 
