@@ -149,7 +149,7 @@ def assert_is_told(slurm: Slurm, workdir: Path, run_dir: Path) -> None:
     assert "sums" in said("logs", str(run_dir), "--job", "evaluate")
     whole = said("logs", str(run_dir), "--lines", "5000")
     assert whole.count("\nmegatron-nft: told to stop; queued again") == 2
-    assert "\nmegatron-nft: failed" not in whole  # a node that is gone says nothing
+    assert whole.count("\nmegatron-nft: failed") <= 1  # the other node may see it before Slurm does
 
 
 def test_a_node_that_is_not_well_is_left_out(slurm: Slurm, workdir: Path) -> None:
