@@ -1,0 +1,77 @@
+"""Answers are judged while others are being sampled; too many that cannot be stop the run."""
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from megatron_nft.config import Config, VerifyConfig
+from megatron_nft.rollout.collect import Asked, ask
+from megatron_nft.rollout.engine import Answers, Hear, Sampling, ignore
+from megatron_nft.rollout.groups import Problem, Response, Verdict
+from megatron_nft.verify.share import check_rate
+from megatron_nft.verify.verifier import Verifier
+
+SAMPLING = Sampling(answers=2, temperature=1.0, top_p=1.0, max_tokens=8, seed=0)
+PROBLEMS = [
+    Problem(str(n), np.array([n], np.int32), str(10**6 + n) + " + x", "toy") for n in range(2)
+]
+HOSTILE = r"\boxed{9^{9^{9^9}}}"
+
+
+def response(text: str) -> Response:
+    tokens = np.zeros(3, np.int32)
+    return Response(tokens, tokens.astype(np.float32), "stop", text, 0, 0, None)
+
+
+class Waiting:
+    """An engine that samples its second problem's answers once the first one's are judged."""
+
+    is_collective = False
+
+    def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
+        self.texts, self.judged = texts, threading.Event()
+
+    def generate(
+        self,
+        problems: Sequence[Problem],
+        expected: Sequence[float],
+        sampling: Sampling,
+        hear: Hear = ignore,
+    ) -> Answers:
+        answers = [(n, tuple(map(response, texts))) for n, texts in enumerate(self.texts)]
+        hear(*answers[0])
+        assert self.judged.wait(60), "nothing was judged while this engine sampled"
+        hear(*answers[1])
+        return answers
+
+
+def ask_waiting(texts: Sequence[tuple[str, str]]) -> Asked:
+    engine = Waiting(texts)
+    # told of every judgement of a worker's
+    with Verifier(VerifyConfig(workers=1), on_progress=engine.judged.set) as verifier:
+        return ask(engine, verifier, PROBLEMS, [1.0, 1.0], SAMPLING)
+
+
+@pytest.mark.processes
+def test_answers_are_judged_while_others_are_being_sampled() -> None:
+    right = [rf"\boxed{{x + {10**6 + n}}}" for n in range(2)]  # no string comparison decides it
+    asked = ask_waiting([(right[0], r"\boxed{x}"), (right[1], right[1])])
+    assert [g.problem.id for g in asked.mixed] == ["0"]
+    assert [r.verdict for r in asked.mixed[0].responses] == [Verdict.CORRECT, Verdict.WRONG]
+    assert asked.tally.accuracies == {0.5: 1, 1.0: 1}
+
+
+@pytest.mark.processes
+def test_answers_that_nobody_can_judge_are_shown() -> None:
+    asked = ask_waiting([(r"\boxed{x + 1000000}", HOSTILE), (HOSTILE, HOSTILE)])
+    assert asked.tally.metrics()["unverifiable_rate"] == 3 / 4
+    with pytest.raises(RuntimeError) as raised:
+        check_rate("rollout", 3 / 4, Config(), asked.tally.unverifiable)
+    text = str(raised.value)
+    assert text.startswith(
+        "rollout: 75.0% of the answers could not be judged; verify.max_unverifiable_rate is 10.0%\n"
+    )
+    assert "9^{9^{9^9}}}' against '1000000 + x': a power too large" in text
+    check_rate("rollout", 0.1, Config())
