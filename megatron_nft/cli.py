@@ -178,6 +178,14 @@ def _add_launching(commands: argparse._SubParsersAction) -> None:
     logs.add_argument("-f", "--follow", action="store_true", help="go on as more is said")
     logs.set_defaults(run=_logs)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="what this environment can do, and what mends it",
+        description="Versions and builds found, what is fast here, combinations known to be bad; "
+        "for each trouble the command that mends it. Exit code 1 where a run cannot start.",
+    )
+    doctor.set_defaults(run=_doctor)
+
     node_check = commands.add_parser(
         "node-check", help="whether a node is fit for a run; jobs call it on each"
     )
@@ -212,6 +220,12 @@ def _logs(arguments: argparse.Namespace) -> int:
 
     options = {"num_lines": arguments.lines, "follow": arguments.follow}
     return logs(arguments.run_dir, arguments.job, **options)
+
+
+def _doctor(_arguments: argparse.Namespace) -> int:
+    from megatron_nft.doctor import doctor
+
+    return doctor()
 
 
 def _node_check(arguments: argparse.Namespace) -> int:
