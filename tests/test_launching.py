@@ -43,3 +43,30 @@ def test_too_few_gpus_for_trainer_and_servers_are_refused_before_anything_starts
     assert recipe.load(RECIPE, overrides).parallel.tensor == 2
     with pytest.raises(ValueError, match=r"2 processes and 2 GPUs for servers.*has 3 GPUs"):
         processes.run(RECIPE, overrides)
+
+
+RECIPES = sorted(RECIPE.parent.glob("[!d]*.yaml"))
+REMOTELY = ("rollout.engine=remote", "rollout.weight_transfer=nccl", "old_logp=rollout")
+REMOTELY += ("rollout.max_steps_off_policy=1", "rollout.in_flight_updates=true")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("overrides", [(), REMOTELY], ids=["colocated", "remote"])
+def test_every_recipe_can_be_evaluated_with_its_own_engines(
+    path: Path, overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def note(path: Path, overrides: list[str], *, verb: str) -> int:
+        loaded.append((recipe.load(path, overrides), verb))
+        return 0
+
+    monkeypatch.setattr(processes, "run", note)
+    assert processes.evaluate(path, overrides, None) == 0
+    assert processes.evaluate(path, overrides, Path("models/base")) == 0
+    [(config, verb), (other, _)] = loaded
+    run_dir = Path(recipe.load(path).run_dir)
+    assert verb == "evaluate"
+    assert config.rollout.engine == "colocated"
+    assert Path(config.run_dir).parent == run_dir / "evaluation"
+    assert (config.model.path, other.model.path) == (str(run_dir / "hf"), "models/base")
