@@ -107,6 +107,21 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_launching(commands)
 
+    plan = commands.add_parser(
+        "plan",
+        help="whether a recipe fits its GPUs, worked out without one",
+        description="Work out, without a GPU, what a recipe needs of each one's memory: weights, "
+        "gradients, optimizer and the engine's weights exactly, activations by an estimate that "
+        "has not been compared with a GPU's yet. Suggests layouts that fit where this one does "
+        "not, and names what is missing. Exit code 1 where it cannot run.",
+        epilog="example: megatron-nft plan launch/recipes/qwen2.5-32b.yaml --gpus 128 --gpu h100",
+    )
+    plan.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="default: %(default)s")
+    plan.add_argument("--gpu", default="h100", help="h100, h200 or b200 (default: %(default)s)")
+    plan.set_defaults(run=_plan)
+
     serve = commands.add_parser(
         "serve",
         help="start a vLLM server for a run on another node",
@@ -271,6 +286,12 @@ def _train(arguments: argparse.Namespace) -> int:
         arguments.start_timeout,
     )
     return run(arguments.recipe, arguments.overrides, nodes)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from megatron_nft.plan.plan import plan
+
+    return plan(arguments.recipe, arguments.gpus, arguments.gpu, arguments.overrides)
 
 
 def _serve(arguments: argparse.Namespace) -> NoReturn:

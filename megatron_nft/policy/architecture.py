@@ -129,9 +129,16 @@ def build_model(
     hf_config: PretrainedConfig, config: TransformerConfig, has_te: bool = False
 ) -> list[GPTModel]:
     """This rank's chunks of the model, without weights: one per virtual pipeline stage."""
+    return [chunk.to(host.device()) for chunk in chunks_of(hf_config, config, has_te)]
+
+
+def chunks_of(
+    hf_config: PretrainedConfig, config: TransformerConfig, has_te: bool = False
+) -> list[GPTModel]:
+    """The same on torch's default device, such as meta."""
     num_chunks = config.virtual_pipeline_model_parallel_size or 1
     stages = range(num_chunks) if num_chunks > 1 else [None]
-    return [_chunk(hf_config, config, has_te, stage).to(host.device()) for stage in stages]
+    return [_chunk(hf_config, config, has_te, stage) for stage in stages]
 
 
 def _chunk(
