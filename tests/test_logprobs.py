@@ -187,6 +187,22 @@ def test_equals_log_softmax_at_tp1(name: str, path: Path) -> None:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_memory_held_before_reaches_no_gradient(path: Path, dtype: torch.dtype) -> None:
+    """torch's deterministic mode fills fresh memory with NaN; the vocabulary is padded here."""
+    case = replace(CASES["bfloat16"], dtype=dtype)
+    assert case.vocab_size < case.num_rows
+    torch.use_deterministic_algorithms(True)
+    try:
+        fresh = torch.empty(3, device=DEVICE)
+        assert fresh.isnan().all(), "this test needs fresh memory to be NaN"
+        _compare(case, _ours(case, path))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("path", PATHS, ids=str)
 def test_one_minus_a_probability_near_one_is_rounded_to_bfloat16_last(path: Path) -> None:
     """1 − p rounded, not 1 minus p rounded; logits, 10 and 0, are exact here."""
     case = replace(PLAIN, num_tokens=HIDDEN_SIZE, dtype=torch.bfloat16)

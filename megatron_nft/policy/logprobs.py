@@ -274,8 +274,14 @@ class _Head:
         return torch.where(is_local, columns, 0)[:, None], is_local
 
     def _empty(self, num_tokens: int, dtype: torch.dtype) -> Tensor:
-        """[num_tokens, num_real], with rows aligned as those of the padded vocabulary are."""
-        return self.weight.new_empty(num_tokens, self.num_rows, dtype=dtype)[:, : self.num_real]
+        """[num_tokens, num_real], with rows aligned as those of the padded vocabulary are.
+
+        The columns of the padding are 0: on CPUs a product in bf16 reads them too (torch 2.13, by
+        oneDNN), and 0 · NaN is NaN.
+        """
+        padded = self.weight.new_empty(num_tokens, self.num_rows, dtype=dtype)
+        padded[:, self.num_real :].zero_()
+        return padded[:, : self.num_real]
 
 
 def _combine(shards: Tensor) -> tuple[Tensor, ...]:
