@@ -292,6 +292,7 @@ def test_transformers_reads_the_configuration() -> None:
 REFUSALS = (
     "Failed to find a kernel that can implement the ScaledMM linear layer",  # block, without AMX
     "_C::static_scaled_fp8_quant() expected at most 0 argument(s)",  # tensor, on any CPU
+    "expected scalar type Float but found BFloat16",  # with AMX, where a layer has a bias
 )
 
 
@@ -368,21 +369,23 @@ def _serve(path: str) -> tuple[str | None, list[float]]:
     """Why vLLM's own kernels do not run here, if so, and the prompt's log-probabilities."""
     os.environ |= host.vllm_environment(1)
     dist.init_process_group(host.backend())
-    refusal = None
     try:
-        llm = _start(path)
+        return None, _prompt_logp(_start(path))
     except (RuntimeError, ValueError) as error:
         refusal = str(error)
         if not any(known in refusal for known in REFUSALS):
             raise
-        _lend_products()
-        llm = _start(path)
+    _lend_products()
+    return refusal, _prompt_logp(_start(path))
+
+
+def _prompt_logp(llm: Any) -> list[float]:
     from vllm import SamplingParams
 
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
     [output] = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
     found = zip(output.prompt_logprobs[1:], PROMPT[1:], strict=True)
-    return refusal, [logprobs[token].logprob for logprobs, token in found]
+    return [logprobs[token].logprob for logprobs, token in found]
 
 
 def _start(path: str) -> Any:
@@ -403,7 +406,11 @@ def _start(path: str) -> Any:
 def _lend_products() -> None:
     """What vLLM's build for CPU hosts lacks; its loader stays its own."""
     from vllm import _custom_ops
-    from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS, PlatformEnum
+    from vllm.model_executor.kernels.linear import (
+        _POSSIBLE_FP8_BLOCK_KERNELS,
+        _POSSIBLE_FP8_KERNELS,
+        PlatformEnum,
+    )
     from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUFp8BlockScaledMMKernel
 
     class Product(CPUFp8BlockScaledMMKernel):
@@ -419,5 +426,7 @@ def _lend_products() -> None:
             weight = dequantize(layer.weight, layer.weight_scale_inv)
             return F.linear(x, weight.to(x.dtype), bias)
 
-    _POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].append(Product)
+    _POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU].insert(0, Product)
+    per_tensor = _POSSIBLE_FP8_KERNELS[PlatformEnum.CPU]  # with AMX, refused where there is a bias
+    per_tensor[:] = [k for k in per_tensor if not k.__name__.startswith("CPUFp8PerTensor")]
     _custom_ops.scaled_fp8_quant = lambda rows, scale: (quantize_rows(rows, scale), scale)

@@ -36,7 +36,7 @@ SILENT = """#!/bin/sh
 [ "$1 $SLURMD_NODENAME" = "node-check node1" ] && sleep 300
 exec {program} "$@"
 """
-LONG = ("rollouts=100", "evaluate.every=20", "checkpoint.every=2", "optimizer.lr=1e-5")
+LONG = ("rollouts=80", "evaluate.every=20", "checkpoint.every=2", "optimizer.lr=1e-5")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def assert_is_told(slurm: Slurm, workdir: Path, run_dir: Path) -> None:
 
     status = said("status", str(run_dir))
     assert "COMPLETED" in status
-    assert "rollout 100" in status
+    assert "rollout 80" in status
     assert "sums" in said("logs", str(run_dir), "--job", "evaluate")
     whole = said("logs", str(run_dir), "--lines", "5000")
     assert whole.count("\nmegatron-nft: told to stop; queued again") == 2
