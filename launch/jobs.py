@@ -4,9 +4,9 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
 
 from launch.submit import JOBS_FILE
+from megatron_nft.metrics import FILE_NAME, read_metrics
 
 SHOWN = ("accuracy_all", "accuracy_kept", "entropy", "loss", "grad_norm")
 
@@ -68,13 +68,9 @@ def _state(number: str) -> str:
 
 
 def _progress(run_dir: Path) -> str:
-    file = run_dir / "metrics.jsonl"
-    if not file.is_file():
+    records = read_metrics(run_dir) if (run_dir / FILE_NAME).is_file() else []
+    if not records:
         return "no step yet"
-    lines = file.read_bytes().split(b"\n")[:-1]
-    if not lines:
-        return "no step yet"
-    records: list[dict[str, Any]] = [json.loads(line) for line in lines]
     last = records[-1]
     known = {k: v for record in records for k, v in record.items() if k.endswith("/accuracy")}
     shown = {k: last[k] for k in SHOWN if last.get(k) is not None} | known

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from checkpoints_conversion import commands as conversion
+from launch import commands as launching
 from megatron_nft import __version__
 from megatron_nft.nodes import MEETING_PORT, Nodes
 
@@ -46,6 +47,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-nft {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    for add in (_add_demo, _add_train, _add_evaluate, _add_plan, _add_serve, _add_report):
+        add(commands)
+    launching.add_parsers(commands)
+    conversion.add_parser(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
         help="the whole thing in minutes on two CPU cores",
@@ -61,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     demo.set_defaults(run=_demo)
 
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
     train = commands.add_parser(
         "train",
         help="run a recipe, or go on with it where it was interrupted",
@@ -68,8 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "again in the same run directory, it resumes.",
         epilog="example: megatron-nft train recipe.yaml run_dir=runs/a optimizer.lr=2e-6",
     )
-    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    launching.add_recipe(train)
     several = train.add_argument_group("several nodes", "the same command on each of them")
     several.add_argument("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
     several.add_argument(
@@ -93,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser(
         "evaluate",
         help="accuracy of a model on a recipe's evaluation sets",
@@ -100,13 +113,12 @@ def _parser() -> argparse.ArgumentParser:
         "(RUN_DIR/hf), or another. The numbers are printed, and left in RUN_DIR/evaluation.",
         epilog="example: megatron-nft evaluate recipe.yaml evaluate.temperature=0.6",
     )
-    evaluate.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    launching.add_recipe(evaluate)
     evaluate.add_argument("--model", type=Path, metavar="DIR", help="default: RUN_DIR/hf")
     evaluate.set_defaults(run=_evaluate)
 
-    _add_launching(commands)
 
+def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = commands.add_parser(
         "plan",
         help="whether a recipe fits its GPUs, worked out without one",
@@ -116,12 +128,13 @@ def _parser() -> argparse.ArgumentParser:
         "not, and names what is missing. Exit code 1 where it cannot run.",
         epilog="example: megatron-nft plan launch/recipes/qwen2.5-32b.yaml --gpus 128 --gpu h100",
     )
-    plan.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    launching.add_recipe(plan)
     plan.add_argument("--gpus", type=int, default=8, metavar="N", help="default: %(default)s")
     plan.add_argument("--gpu", default="h100", help="h100, h200 or b200 (default: %(default)s)")
     plan.set_defaults(run=_plan)
 
+
+def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser(
         "serve",
         help="start a vLLM server for a run on another node",
@@ -129,14 +142,13 @@ def _parser() -> argparse.ArgumentParser:
         "nobody who they are: listen on the job's own network alone.",
         epilog="example: megatron-nft serve recipe.yaml --host node7 --port 8000",
     )
-    serve.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    serve.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
+    launching.add_recipe(serve)
     serve.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
     serve.add_argument("--port", type=int, default=8000, help="default: %(default)s")
     serve.set_defaults(run=_serve)
 
-    conversion.add_parser(commands)
 
+def _add_report(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser(
         "report",
         help="draw a run's curves",
@@ -145,54 +157,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     report.add_argument("--out", type=Path, metavar="FILE.png", help="default: RUN_DIR/report.png")
     report.set_defaults(run=_report)
-    return parser
 
 
-def _add_launching(commands: argparse._SubParsersAction) -> None:
-    launch = commands.add_parser(
-        "launch",
-        help="submit a recipe to a SLURM cluster",
-        description="Submit a recipe's jobs through nemo-run: training, which is queued again "
-        "until it is done and goes on where it stood, and an evaluation. From .venv-launch, where "
-        "nemo-run is: launch/setup/bootstrap.sh launch makes it.",
-        epilog="example: megatron-nft launch launch/recipes/qwen2.5-32b.yaml --cluster mine.yaml "
-        "--nodes 16 --dry-run",
-    )
-    launch.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-    launch.add_argument("overrides", nargs="*", metavar="key=value", help="replace recipe values")
-    launch.add_argument(
-        "--cluster",
-        type=Path,
-        required=True,
-        metavar="CLUSTER.yaml",
-        help="what your site wants to be told; launch/clusters/example.yaml shows all of it",
-    )
-    launch.add_argument(
-        "--nodes", type=int, default=1, metavar="N", help="that train (default: %(default)s)"
-    )
-    launch.add_argument(
-        "--servers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="further nodes of the job, a vLLM server each (default: %(default)s)",
-    )
-    launch.add_argument("--dry-run", action="store_true", help="print the scripts, submit nothing")
-    launch.set_defaults(run=_launch)
-
-    status = commands.add_parser("status", help="how far a launched run is")
-    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    status.set_defaults(run=_status)
-
-    logs = commands.add_parser("logs", help="what a launched run's jobs said last")
-    logs.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    logs.add_argument("--job", default="train", help="train or evaluate (default: %(default)s)")
-    logs.add_argument(
-        "-n", "--lines", type=int, default=40, metavar="N", help="default: %(default)s"
-    )
-    logs.add_argument("-f", "--follow", action="store_true", help="go on as more is said")
-    logs.set_defaults(run=_logs)
-
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="what this environment can do, and what mends it",
@@ -201,59 +168,17 @@ def _add_launching(commands: argparse._SubParsersAction) -> None:
     )
     doctor.set_defaults(run=_doctor)
 
-    node_check = commands.add_parser(
-        "node-check", help="whether a node is fit for a run; jobs call it on each"
-    )
-    node_check.add_argument("--folder", type=Path, required=True, metavar="DIR")
-    node_check.add_argument("--gpus", type=int, default=0, metavar="N")
-    node_check.add_argument("--min-free-gib", type=float, default=0.0, metavar="GIB")
-    node_check.add_argument("--min-all-reduce", type=float, default=0.0, metavar="GIB_A_SECOND")
-    node_check.set_defaults(run=_node_check)
 
+def _demo(arguments: argparse.Namespace) -> int:
+    from megatron_nft.demo import demo
 
-def _launch(arguments: argparse.Namespace) -> int:
-    from launch.submit import launch
-
-    return launch(
-        arguments.recipe,
-        arguments.cluster,
-        arguments.overrides,
-        num_nodes=arguments.nodes,
-        num_servers=arguments.servers,
-        is_dry=arguments.dry_run,
-    )
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    from launch.jobs import status
-
-    return status(arguments.run_dir)
-
-
-def _logs(arguments: argparse.Namespace) -> int:
-    from launch.jobs import logs
-
-    options = {"num_lines": arguments.lines, "follow": arguments.follow}
-    return logs(arguments.run_dir, arguments.job, **options)
+    return demo(arguments.out, arguments.seed)
 
 
 def _doctor(_arguments: argparse.Namespace) -> int:
     from megatron_nft.doctor import doctor
 
     return doctor()
-
-
-def _node_check(arguments: argparse.Namespace) -> int:
-    from megatron_nft.node_check import check
-
-    options = arguments.gpus, arguments.min_free_gib, arguments.min_all_reduce
-    return check(arguments.folder, *options)
-
-
-def _demo(arguments: argparse.Namespace) -> int:
-    from megatron_nft.demo import demo
-
-    return demo(arguments.out, arguments.seed)
 
 
 def _under_torchrun(arguments: argparse.Namespace, verb: str) -> int:

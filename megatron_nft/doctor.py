@@ -20,7 +20,6 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 PACKAGE = "megatron-nft"
-OURS = ("cpu", "cuda", "launch")  # extras, of which an environment has one
 MIN_SHM_GIB = 1.0  # NCCL and vLLM pass tensors through it
 SETUP = "make setup"
 

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.policy import host
 from megatron_nft.policy.architecture import chunks_of, transformer_config
-from megatron_nft.policy.parallel import EXPERT_TENSOR
+from megatron_nft.policy.parallel import make_groups
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -73,17 +73,7 @@ def _pretended(parallel: ParallelConfig, rank: int, num_ranks: int) -> Iterator[
     """As if this were that rank of so many."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor,
-            pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=(
-                parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
-            ),
-            context_parallel_size=parallel.context,
-            expert_model_parallel_size=parallel.expert,
-            expert_tensor_parallel_size=EXPERT_TENSOR,
-            create_gloo_process_groups=False,
-        )
+        make_groups(parallel, has_gloo=False)
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -28,6 +28,13 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -
 def lay_groups(parallel: ParallelConfig, seed: int) -> None:
     """Lay Megatron's groups over the processes, in place of any earlier layout."""
     parallel_state.destroy_model_parallel()
+    make_groups(parallel)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def make_groups(parallel: ParallelConfig, *, has_gloo: bool = True) -> None:
+    """Megatron's groups alone; `has_gloo`: those of its own for CPU tensors too."""
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -37,9 +44,8 @@ def lay_groups(parallel: ParallelConfig, seed: int) -> None:
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=EXPERT_TENSOR,
+        create_gloo_process_groups=has_gloo,
     )
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def finalize() -> None:
