@@ -76,8 +76,8 @@ if [ -n "$ill" ]; then
         exit 1
     fi
     echo "megatron-nft: queued again without"
-    known=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\\([^ ]*\\).*/,\1/p')
-    [ "$known" = ",(null)" ] && known=
+    known=$(scontrol -o show job "$SLURM_JOB_ID" |
+        sed -n 's/.* ExcNodeList=\\([^ (][^ ]*\\).*/,\\1/p')
     scontrol requeue "$SLURM_JOB_ID"
     scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{ill#,}}$known"
     sleep 30

@@ -126,12 +126,17 @@ def test_what_cannot_be_launched(
         submit._check(cluster, config, **numbers)
 
 
-def queue_again(tmp_path: Path, code: int) -> str:
-    """What the batch script does when its task ends with a code; `scontrol` writes it down."""
+def batch(tmp_path: Path, code: int, hosts: str = "node1", known: str = "") -> tuple[int, list]:
+    """Exit code and calls of a batch script whose task ends with a code; node1 alone is well.
+
+    `scontrol` writes its calls down, and shows `hosts` and the job's excluded nodes.
+    """
     told, bin_ = tmp_path / "told", tmp_path / "bin"
     bin_.mkdir(exist_ok=True)
+    job = f"a=b ExcNodeList={known} c=d"
+    show = f'case "$*" in *hostnames*) printf "{hosts}";; *) echo "{job}";; esac'
     for name, text in (
-        ("scontrol", f'[ "$1" = show ] && echo node1 || echo "$*" >>{told}'),
+        ("scontrol", f'case "$*" in *show*) {show};; *) echo "$*" >>{told};; esac'),
         ("srun", f"touch {tmp_path}/run/launch/well_7_0/node1"),
         ("sleep", "true"),
     ):
@@ -142,8 +147,29 @@ def queue_again(tmp_path: Path, code: int) -> str:
     environment = {"PATH": f"{bin_}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n"}
     told.write_text("")
     done = subprocess.run(["bash", "-c", text], env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return told.read_text().strip()
+    return done.returncode, told.read_text().splitlines()
+
+
+def queue_again(tmp_path: Path, code: int) -> str:
+    found, calls = batch(tmp_path, code)
+    assert found == code
+    return " ".join(calls)
+
+
+@pytest.mark.parametrize(
+    ("known", "excluded"),
+    [("", "node2"), ("(null)", "node2"), ("node7,node[8-9]", "node2,node7,node[8-9]")],
+)
+def test_nodes_that_are_not_well_are_excluded_with_those_before(
+    tmp_path: Path, known: str, excluded: str
+) -> None:
+    code, calls = batch(tmp_path, 0, "node1\\nnode2\\n", known)
+    assert code == 1
+    assert calls == ["requeue 7", f"update JobId=7 ExcNodeList={excluded}"]
+
+
+def test_where_no_node_is_well_the_job_is_not_queued_again(tmp_path: Path) -> None:
+    assert batch(tmp_path, 0, "node2\\n") == (1, [])
 
 
 def test_a_job_is_queued_again_while_that_is_of_use(tmp_path: Path) -> None:
