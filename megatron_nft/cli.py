@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -121,16 +122,22 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
 def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan = commands.add_parser(
         "plan",
-        help="whether a recipe fits its GPUs, worked out without one",
-        description="Work out, without a GPU, what a recipe needs of each one's memory: weights, "
-        "gradients, optimizer and the engine's weights exactly, activations by an estimate that "
-        "has not been compared with a GPU's yet. Suggests layouts that fit where this one does "
-        "not, and names what is missing. Exit code 1 where it cannot run.",
+        help="whether a recipe fits its GPUs and how long it takes, worked out without one",
+        description="Work out, without a GPU, what a recipe needs of each one's memory (weights, "
+        "gradients, optimizer and the engine's weights exactly; activations by an estimate that "
+        "has not been compared with a GPU's yet), the seconds of a rollout's phases and what the "
+        "GPUs send each other, by a roofline from measured and published rates, and the days and "
+        "GPU-hours of the recipe. Suggests layouts that fit, or are faster, and names what is "
+        "missing. Exit code 1 where it cannot run.",
         epilog="example: megatron-nft plan launch/recipes/qwen2.5-32b.yaml --gpus 128 --gpu h100",
     )
     launching.add_recipe(plan)
-    plan.add_argument("--gpus", type=int, default=8, metavar="N", help="default: %(default)s")
-    plan.add_argument("--gpu", default="h100", help="h100, h200 or b200 (default: %(default)s)")
+    add = plan.add_argument
+    add("--gpus", type=int, default=8, metavar="N", help="that train (default: %(default)s)")
+    add("--gpu", default="h100", help="h100, h200 or b200 (default: %(default)s)")
+    add("--answer-tokens", type=float, default=0, metavar="N", help="mean (default: the most / 3)")
+    add("--prompt-tokens", type=float, default=0, metavar="N", help="mean (default: 200)")
+    add("--mixed", type=float, default=0.5, metavar="F", help="of groups (default: %(default)s)")
     plan.set_defaults(run=_plan)
 
 
@@ -214,9 +221,18 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from megatron_nft.plan.plan import plan
+    # what Megatron says of kernels that this machine lacks: a plan is for another one
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    from megatron_nft.plan.plan import Asked, plan
 
-    return plan(arguments.recipe, arguments.gpus, arguments.gpu, arguments.overrides)
+    asked = Asked(
+        arguments.gpus,
+        arguments.gpu,
+        arguments.answer_tokens,
+        arguments.prompt_tokens,
+        arguments.mixed,
+    )
+    return plan(arguments.recipe, asked, arguments.overrides)
 
 
 def _serve(arguments: argparse.Namespace) -> NoReturn:

@@ -18,10 +18,12 @@ from megatron_nft.config import (
     ParallelConfig,
     RolloutConfig,
 )
-from megatron_nft.plan import memory, plan
+from megatron_nft.plan import memory, suggest
 from megatron_nft.plan.cards import CARDS
+from megatron_nft.plan.estimate import Plan, plan_for
 from megatron_nft.plan.memory import GIB
 from megatron_nft.plan.parameters import held_by_ranks
+from megatron_nft.plan.workload import workload_of
 
 H100 = CARDS["h100"]
 QWEN_32B = Qwen2Config(
@@ -64,6 +66,10 @@ def config(**parallel: int | bool) -> Config:
     )
 
 
+def planned(options: Config, num_gpus: int) -> Plan:
+    return plan_for(QWEN_32B, options, num_gpus, H100, workload_of(options))
+
+
 @pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (8, 1), (4, 2), (2, 4)])
 def test_all_ranks_together_hold_the_model(tensor: int, pipeline: int) -> None:
     """But for the norms, which every tensor rank has."""
@@ -84,7 +90,7 @@ def test_experts_are_shared_out_apart_from_the_rest() -> None:
 
 
 def test_what_is_exact_by_hand() -> None:
-    made = plan.plan_for(QWEN_32B, config(tensor=8, sequence=True), 128, H100)
+    made = planned(config(tensor=8, sequence=True), 128)
     [rank] = made.ranks
     norms = (2 * 64 + 1) * 5120
     each = (NUM_32B + 7 * norms) / 8
@@ -93,7 +99,7 @@ def test_what_is_exact_by_hand() -> None:
     assert rank.optimizer == pytest.approx(12 * each / 16)  # 16 data-parallel ranks
     assert rank.engine == 0.6 * 79.6 * GIB
     plain = replace(made.config.parallel, distributed_optimizer=False)
-    [alone] = plan.plan_for(QWEN_32B, replace(made.config, parallel=plain), 128, H100).ranks
+    [alone] = planned(replace(made.config, parallel=plain), 128).ranks
     assert alone.optimizer == pytest.approx(12 * each)
     assert memory.engine_weights(QWEN_32B, made.config) == pytest.approx(2 * NUM_32B / 4, rel=1e-3)
     per_token = 2 * 64 * (8 / 4) * 128 * 2
@@ -106,7 +112,7 @@ def test_activations_go_with_what_is_kept() -> None:
     def activations(**changes: object) -> float:
         options = config(tensor=8, sequence=True)
         options = replace(options, memory=MemoryConfig(**changes))
-        return plan.plan_for(QWEN_32B, options, 128, H100).ranks[0].activations
+        return planned(options, 128).ranks[0].activations
 
     layer_input = 2 * 5120 / 8 * 16384  # bf16, over the tensor ranks
     whole = memory.layer_bytes_per_token(QWEN_32B, config(tensor=8, sequence=True), 2) * 16384
@@ -116,33 +122,31 @@ def test_activations_go_with_what_is_kept() -> None:
 
 
 def test_the_first_stages_hold_the_most_micro_batches() -> None:
-    ranks = plan.plan_for(QWEN_32B, config(tensor=8, pipeline=4, sequence=True), 128, H100).ranks
+    ranks = planned(config(tensor=8, pipeline=4, sequence=True), 128).ranks
     first, *_, last = (rank.activations for rank in ranks)
     assert first == pytest.approx(4 * last)
     assert [rank.head > 0 for rank in ranks] == [False, False, False, True]
 
 
 def test_what_does_not_fit_is_told_what_does() -> None:
-    made = plan.plan_for(QWEN_32B, config(tensor=2), 16, H100)
+    made = planned(config(tensor=2), 16)
     assert not made.fits
-    found = plan.suggestions(QWEN_32B, made.config, 16, H100)
+    found = suggest.suggestions(QWEN_32B, made)
     assert found
     assert all(suggested.fits for suggested in found)
-    num_changes = [plan._changes(made.config, s.config).count("=") for s in found]
-    assert num_changes == sorted(num_changes)
 
 
 def test_a_smaller_share_for_the_engine_may_be_enough() -> None:
     options = config(tensor=8, sequence=True)
     options = replace(options, memory=MemoryConfig(recompute="full"))
-    made = plan.plan_for(QWEN_32B, options, 128, H100)
+    made = planned(options, 128)
     assert not made.fits  # 76.0 GiB while it samples
-    fraction = plan.largest_fraction(made)
+    fraction = suggest.largest_fraction(made)
     rollout = replace(options.rollout, memory_fraction=fraction)
-    assert plan.plan_for(QWEN_32B, replace(options, rollout=rollout), 128, H100).fits
+    assert planned(replace(options, rollout=rollout), 128).fits
     more = replace(rollout, memory_fraction=fraction + 0.01)
-    assert not plan.plan_for(QWEN_32B, replace(options, rollout=more), 128, H100).fits
-    assert plan.largest_fraction(plan.plan_for(QWEN_32B, config(tensor=2), 16, H100)) == 0
+    assert not planned(replace(options, rollout=more), 128).fits
+    assert suggest.largest_fraction(planned(config(tensor=2), 16)) == 0
 
 
 @pytest.mark.processes
@@ -167,7 +171,7 @@ def test_the_command_prints_a_table_and_names_what_is_missing(tmp_path: Path) ->
     assert done.returncode == 0, done.stdout + done.stderr
     assert "model on 4 × h200 (140.4 GiB)" in done.stdout
     assert "tensor 2, pipeline 1, context 1, expert 1, data 2" in done.stdout
-    assert done.stdout.splitlines()[-1] == "it fits"
+    assert "it fits\n" in done.stdout
     refused = said("--gpus", "3")
     assert refused.returncode == 2
     assert "does not divide the 3 processes" in refused.stderr

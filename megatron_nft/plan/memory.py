@@ -148,7 +148,7 @@ def _head(hf_config: PretrainedConfig, config: Config, tokens: float) -> float:
 
 def engine_weights(hf_config: PretrainedConfig, config: Config) -> float:
     """Bytes of an engine's weights on each of its GPUs."""
-    layers = hf_config.num_hidden_layers * _layer_parameters(hf_config)
+    layers = hf_config.num_hidden_layers * layer_parameters(hf_config)
     tables = 1 if hf_config.tie_word_embeddings else 2
     rest = tables * hf_config.vocab_size * hf_config.hidden_size
     each = 1 if config.rollout.quantization == "fp8" else 2
@@ -157,7 +157,7 @@ def engine_weights(hf_config: PretrainedConfig, config: Config) -> float:
     return (layers * each + rest * max(2, each)) / config.rollout.tensor
 
 
-def _layer_parameters(hf_config: PretrainedConfig) -> int:
+def layer_parameters(hf_config: PretrainedConfig) -> int:
     """Of one layer, all experts; layer_matmul_parameters has those that a token sees."""
     sizes = sizes_of(hf_config)
     seen = layer_matmul_parameters(hf_config)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_nft.config import Config, ParallelConfig
+from megatron_nft.config import Config, Fp8Config, ParallelConfig
 from megatron_nft.policy import host
 from megatron_nft.policy.architecture import chunks_of, transformer_config
 from megatron_nft.policy.parallel import make_groups
@@ -48,6 +48,8 @@ def held_by_ranks(hf_config: PretrainedConfig, config: Config, num_ranks: int) -
     assert not dist.is_initialized(), "a plan is made in a process of its own"
     host.prepare()
     num_stages = config.parallel.pipeline
+    # Transformer Engine's layers hold the same parameters, and cannot be built where it is not
+    config = replace(config, model=replace(config.model, layers="torch"), fp8=Fp8Config())
     per_stage, found = num_ranks // num_stages, []
     for stage in range(num_stages):
         if 1 < stage < num_stages - 1:
@@ -60,7 +62,7 @@ def held_by_ranks(hf_config: PretrainedConfig, config: Config, num_ranks: int) -
 def _held(
     hf_config: PretrainedConfig, config: Config, stage: int, rank: int, num_ranks: int
 ) -> Held:
-    with _pretended(config.parallel, rank, num_ranks), torch.device("meta"), _quiet():
+    with pretended(config.parallel, rank, num_ranks), torch.device("meta"), _quiet():
         chunks = chunks_of(hf_config, transformer_config(hf_config, config))
         parameters = [p for chunk in chunks for p in chunk.parameters()]
     # Megatron's own mark of what the data-parallel ranks do not share
@@ -69,7 +71,7 @@ def _held(
 
 
 @contextlib.contextmanager
-def _pretended(parallel: ParallelConfig, rank: int, num_ranks: int) -> Iterator[None]:
+def pretended(parallel: ParallelConfig, rank: int, num_ranks: int) -> Iterator[None]:
     """As if this were that rank of so many."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
     try:
