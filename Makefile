@@ -37,10 +37,11 @@ test-slurm: setup ## Launch runs on a real Slurm of this machine's, which is ins
 	@launch/setup/slurm.sh
 	@$(bin)/pytest -m slurm $(ARGS) || { status=$$?; [[ $$status == 5 ]] || exit $$status; }
 
-lint: setup ## Check the code with ruff: rules, then formatting
+lint: setup ## Check the code with ruff (rules, then formatting) and the Dockerfile with hadolint
 	@status=0; \
 	$(bin)/ruff check . || status=1; \
 	$(bin)/ruff format --check . || status=1; \
+	$(bin)/hadolint Dockerfile || status=1; \
 	exit $$status
 
 format: setup ## Format the code and repair what ruff can

@@ -102,6 +102,7 @@ class ObjectiveConfig:
     # the clipped family
     clip_low: float = 0.2
     clip_high: float = 0.2
+    overlong_buffer: int = 0  # grpo, dapo: the last tokens of the length, where rewards fall
     # who divides: token_mean | sequence_mean | constant
     denominator: str = "token_mean"
     constant: float = 32000.0  # official scale: 1000 · ranks

@@ -26,6 +26,7 @@ class TokenBatch:
     group_accuracy: Tensor  # float32 [T], r̂ of the token's group
     sequence_ids: Tensor  # int64 [T], 0..num_sequences-1, which sequence the token belongs to
     num_sequences: int
+    advantage: Tensor | None = None  # float32 [T], where rewards are more than right and wrong
 
     def select(self, tokens: Tensor) -> "TokenBatch":
         """Some of the tokens, by index int64 [t]."""
@@ -35,6 +36,7 @@ class TokenBatch:
             group_accuracy=self.group_accuracy[tokens],
             sequence_ids=self.sequence_ids[tokens],
             num_sequences=self.num_sequences,
+            advantage=None if self.advantage is None else self.advantage[tokens],
         )
 
 
@@ -128,7 +130,8 @@ def dapo(batch: TokenBatch, logp: Tensor, options: ObjectiveConfig) -> TokenLoss
         loss = −min(R·A, clip(R, 1 − clip_low, 1 + clip_high)·A),  A = (r − r̂)/(√(r̂(1−r̂)) + 1e-6)
 
     What sets it apart is set elsewhere: clip_high 0.28 and the denominator `token_mean` in the
-    recipe, groups that are neither all right nor all wrong in the rollout.
+    recipe, groups that are neither all right nor all wrong in the rollout; and with
+    `overlong_buffer` rewards that fall with the length, whose mean and deviation A then has.
     """
     return _clipped_surrogate(batch, logp, _standardized_advantage(batch), options)
 
@@ -190,7 +193,12 @@ def _clip_value(x: Tensor, minimum: float) -> Tensor:
 
 
 def _standardized_advantage(batch: TokenBatch) -> Tensor:
-    """(r − mean)/(std + 1e-6) in a group of rewards 0 and 1 of mean r̂; population std; [T]."""
+    """(r − mean)/(std + 1e-6) in a group of rewards 0 and 1 of mean r̂; population std; [T].
+
+    Or what the batch has instead: rewards.py.
+    """
+    if batch.advantage is not None:
+        return batch.advantage
     accuracy = batch.group_accuracy
     return (batch.correct - accuracy) / ((accuracy * (1 - accuracy)).sqrt() + STD_EPSILON)
 

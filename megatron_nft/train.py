@@ -97,7 +97,8 @@ def with_old_logp(
     run: Run, groups: list[Group]
 ) -> tuple[list[tuple[Group, list[Sequence]]], dict[str, float]]:
     """The groups as the policy sees them, and how far the engine is from it if that is known."""
-    per_group, drift = [sequences_of([group]) for group in groups], {}
+    longest, buffer = run.config.rollout.max_response_tokens, run.config.objective.overlong_buffer
+    per_group, drift = [sequences_of([group], longest, buffer) for group in groups], {}
     if run.samples and run.config.old_logp == "trainer":
         flat = [sequence for sequences in per_group for sequence in sequences]
         flat, drift = old_logp.by_trainer(run.policy, flat, run.config.drift)

@@ -82,6 +82,7 @@ RANGES: dict[str, Range] = {
     "objective.negative_weight": NOT_NEGATIVE,
     "objective.clip_low": POSITIVE_SHARE,
     "objective.clip_high": POSITIVE,
+    "objective.overlong_buffer": NOT_NEGATIVE,
     "objective.constant": POSITIVE,
     "rollout.questions": AT_LEAST_ONE,
     "rollout.num_servers": AT_LEAST_ONE,
@@ -186,6 +187,7 @@ def _rules_between_keys(config: Config) -> Iterator[str]:
     yield from _parallel_rules(config)
     yield from _precision_rules(config)
     yield from _batch_rules(config)
+    yield from _overlong_rules(config)
     yield from _evaluation_rules(config)
     yield from _best_rules(config)
     yield from _server_rules(config.rollout)
@@ -238,6 +240,16 @@ def _batch_rules(config: Config) -> Iterator[str]:
     if questions % given:
         may_be = f"a divisor of rollout.questions = {questions}"
         yield _was("optimizer.questions_per_minibatch", given, may_be)
+
+
+def _overlong_rules(config: Config) -> Iterator[str]:
+    buffer, longest = config.objective.overlong_buffer, config.rollout.max_response_tokens
+    if buffer and config.objective.name not in ("grpo", "dapo"):
+        may_be = f"0 where objective.name is {config.objective.name}; it is for dapo and grpo"
+        yield _was("objective.overlong_buffer", buffer, may_be)
+    elif buffer >= longest:
+        may_be = f"below rollout.max_response_tokens = {longest}"
+        yield _was("objective.overlong_buffer", buffer, may_be)
 
 
 def _engine_rules(config: Config) -> Iterator[str]:

@@ -458,6 +458,15 @@ BASELINES = {
 }
 
 
+def test_an_overlong_buffer_is_for_objectives_with_rewards_of_groups() -> None:
+    path = RECIPES / "qwen2.5-32b-dapo.yaml"
+    assert load(path).objective.overlong_buffer == 4096
+    with pytest.raises(ValueError, match=r"overlong_buffer was 4096; it may be 0 where .* nft"):
+        load(path, ["objective.name=nft"])
+    with pytest.raises(ValueError, match=r"was 14336; it may be below rollout.max_response_tok"):
+        load(path, ["objective.overlong_buffer=14336"])
+
+
 @pytest.mark.parametrize("model", SIZES)
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_baseline_differs_from_the_recipe_in_its_objective_alone(model: str, name: str) -> None:

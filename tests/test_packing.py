@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_nft.config import ObjectiveConfig
+from megatron_nft.objectives import dapo
 from megatron_nft.policy.balance import deal
 from megatron_nft.policy.packing import (
     MicroBatch,
@@ -192,3 +194,36 @@ def test_only_judged_answers_become_sequences() -> None:
     assert [s.num_tokens for s in found] == [3, 2, 2]
     assert [s.version for s in found] == [7, 0, 0]
     assert all(s.importance is None for s in found)
+    assert all(s.advantage is None for s in found)
+
+
+def test_overlong_answers_lose_some_of_their_reward() -> None:
+    """DAPO's soft punishment: ±1, less the share of the buffer that is used; by hand."""
+    lengths = (4, 8, 9, 12, 12)
+    verdicts = [Verdict.CORRECT, Verdict.CORRECT, Verdict.CORRECT, Verdict.WRONG]
+    verdicts.append(Verdict.UNVERIFIABLE)
+    answers = tuple(_response([7] * n, v) for n, v in zip(lengths, verdicts, strict=True))
+    group = Group(Problem("q", np.array([1], np.int32), "7", "toy"), answers)
+    found = sequences_of([group], 12, 4)  # the buffer begins beyond 8 tokens
+    rewards = np.array([1, 1, 1 - 1 / 4, -1 - 1])
+    expected = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    assert [s.advantage for s in found] == pytest.approx(expected.tolist())
+    packed = micro_batch(found, [1.0] * 4, CPU, RowLayout())
+    by_token = np.repeat(expected, lengths[:4]).astype(np.float32)
+    assert packed.batch.advantage is not None
+    np.testing.assert_allclose(packed.batch.advantage, by_token, rtol=1e-6)
+    some = packed.batch.select(torch.tensor([0, 32]))
+    assert some.advantage is not None
+    np.testing.assert_allclose(some.advantage, by_token[[0, 32]], rtol=1e-6)
+
+
+def test_a_buffer_that_no_answer_reaches_changes_no_gradient() -> None:
+    verdicts = [Verdict.CORRECT, Verdict.WRONG, Verdict.WRONG]
+    answers = tuple(_response([7] * 5, verdict) for verdict in verdicts)
+    group = Group(Problem("q", np.array([1], np.int32), "7", "toy"), answers)
+    losses = []
+    for buffer in (0, 4):
+        packed = micro_batch(sequences_of([group], 100, buffer), [1.0] * 3, CPU, RowLayout())
+        logp = packed.batch.old_logp - 0.1
+        losses.append(dapo(packed.batch, logp, ObjectiveConfig(clip_high=0.28)).loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)

@@ -24,7 +24,7 @@ from megatron_nft.plan import cards, layers, sampling
 from megatron_nft.plan.cards import CARDS
 from megatron_nft.plan.estimate import Plan, plan_for
 from megatron_nft.plan.plan import Asked, plan
-from megatron_nft.plan.suggest import changes, suggestions
+from megatron_nft.plan.suggest import changes, faster_sampling, suggestions
 from megatron_nft.plan.workload import Workload, workload_of
 
 H100 = CARDS["h100"]
@@ -233,6 +233,17 @@ def test_suggestions_are_faster_and_the_fastest_is_first() -> None:
     totals = [one.times.total for one in found]
     assert totals == sorted(totals)
     assert "memory.recompute=none" in changes(made.config, found[0].config)
+
+
+def test_engines_that_sample_faster_are_suggested() -> None:
+    made = planned(config(**LAYOUT))
+    found = faster_sampling(QWEN_32B, made)
+    times = [one.times.sampling for one in found]
+    assert times == sorted(times)
+    assert 0 < times[0] < 0.9 * made.times.sampling
+    assert "rollout.tensor=8" in changes(made.config, found[0].config)
+    few = replace(made.config.rollout, tensor=8, max_sequences=1024)
+    assert faster_sampling(QWEN_32B, planned(replace(made.config, rollout=few))) == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from megatron_nft.plan import tables
 from megatron_nft.plan.cards import CARDS, Card
 from megatron_nft.plan.estimate import ROOM, Plan, plan_for
 from megatron_nft.plan.memory import GIB
-from megatron_nft.plan.suggest import changes, largest_fraction, suggestions
+from megatron_nft.plan.suggest import changes, faster_sampling, largest_fraction, suggestions
 from megatron_nft.plan.workload import Workload, workload_of
 from megatron_nft.policy.layout import check_fp8, check_layout
 
@@ -62,6 +62,8 @@ def plan(path: Path, asked: Asked, overrides: Sequence[str]) -> int:
     for other in suggestions(hf_config, made):
         print(f"  {other.times.total:,.0f} s a rollout, {other.peak / GIB:.1f} GiB: ", end="")
         print(changes(config, other.config) or "the recipe's own")
+    for other in faster_sampling(hf_config, made):
+        print(f"  {other.times.sampling:,.0f} s of sampling: {changes(config, other.config)}")
     return int(not made.fits or bool(missing))
 
 

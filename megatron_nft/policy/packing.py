@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_nft.objectives import TokenBatch
 from megatron_nft.policy.packed_row import PackedRow, pack_row
+from megatron_nft.rewards import overlong_advantages
 from megatron_nft.rollout.groups import Group
 
 
@@ -24,6 +25,7 @@ class Sequence:
     group_accuracy: float
     version: int = 0  # of the weights that sampled
     importance: np.ndarray | None = None  # float32 [T], what token losses are multiplied by
+    advantage: float | None = None  # where rewards are more than right and wrong
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +74,17 @@ class MicroBatch:
     batch: TokenBatch  # of all R
 
 
-def sequences_of(groups: Seq[Group]) -> list[Sequence]:
-    """The judged answers of the groups; an unverifiable answer is not trained on."""
+def sequences_of(groups: Seq[Group], longest: int = 0, buffer: int = 0) -> list[Sequence]:
+    """The judged answers of the groups; an unverifiable answer is not trained on.
+
+    Args:
+        longest, buffer: with a buffer, rewards fall in the last so many tokens of the greatest
+            response length, and every sequence has an advantage.
+    """
+    advantages: dict[int, float] = {}
+    for group in groups if buffer else ():
+        shaped = overlong_advantages(group.responses, longest, buffer)
+        advantages |= {id(r): a for r, a in zip(group.responses, shaped, strict=True)}
     return [
         Sequence(
             prompt=group.problem.prompt_tokens,
@@ -83,6 +94,7 @@ def sequences_of(groups: Seq[Group]) -> list[Sequence]:
             correct=response.correct,
             group_accuracy=group.accuracy,
             version=response.version,
+            advantage=advantages.get(id(response)),
         )
         for group in groups
         for response in group.responses
@@ -137,7 +149,14 @@ def _token_batch(sequences: Seq[Sequence], counts: np.ndarray, device: torch.dev
         group_accuracy=_per_token([s.group_accuracy for s in sequences], counts).to(device),
         sequence_ids=_per_token(range(len(sequences)), counts).long().to(device),
         num_sequences=len(sequences),
+        advantage=_advantage(sequences, counts, device),
     )
+
+
+def _advantage(sequences: Seq[Sequence], counts: np.ndarray, device: torch.device) -> Tensor | None:
+    given = [s.advantage for s in sequences if s.advantage is not None]
+    assert len(given) in (0, len(sequences)), "all of a run's sequences have one, or none"
+    return _per_token(given, counts).to(device) if given else None
 
 
 def _importance(sequences: Seq[Sequence]) -> Tensor:
