@@ -17,6 +17,7 @@ from megatron_nft.config import (
     OptimizerConfig,
     ParallelConfig,
     RolloutConfig,
+    SourceConfig,
 )
 from megatron_nft.plan import memory, suggest
 from megatron_nft.plan.cards import CARDS
@@ -60,7 +61,8 @@ def config(**parallel: int | bool) -> Config:
     return Config(
         model=ModelConfig(path="model"),
         parallel=ParallelConfig(**parallel),
-        data=DataConfig(max_prompt_tokens=2048),
+        run_dir="run",
+        data=DataConfig(train=[SourceConfig(path="t.jsonl")], max_prompt_tokens=2048),
         rollout=RolloutConfig(max_response_tokens=14336, tensor=4, memory_fraction=0.6),
         optimizer=OptimizerConfig(tokens_per_microbatch=16384),
     )
@@ -141,12 +143,12 @@ def test_a_smaller_share_for_the_engine_may_be_enough() -> None:
     options = replace(options, memory=MemoryConfig(recompute="full"))
     made = planned(options, 128)
     assert not made.fits  # 76.0 GiB while it samples
-    fraction = suggest.largest_fraction(made)
+    fraction = suggest.largest_fraction(QWEN_32B, made)
     rollout = replace(options.rollout, memory_fraction=fraction)
     assert planned(replace(options, rollout=rollout), 128).fits
     more = replace(rollout, memory_fraction=fraction + 0.01)
     assert not planned(replace(options, rollout=more), 128).fits
-    assert suggest.largest_fraction(planned(config(tensor=2), 16)) == 0
+    assert suggest.largest_fraction(QWEN_32B, planned(config(tensor=2), 16)) == 0
 
 
 @pytest.mark.processes

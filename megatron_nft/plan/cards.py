@@ -43,7 +43,8 @@ class Card:
     )
     nvlink: float = 360 * GIGA  # each way, in a collective within a node; 450 by the data sheet
     network: float = 40 * GIGA  # each way and GPU: 400 Gb/s of InfiniBand, of which 80%
-    host: float = 20 * GIGA  # to and from pinned memory over PCIe, all GPUs of a node at once
+    host: float = 5 * GIGA  # to and from pageable memory, all GPUs of a node at once: an assumption
+    float32: float = 50 * TERA  # a matrix product; 67 by the data sheet of H100 and H200
 
 
 H100 = Card("h100", 79.6, 3.35 * TERA, H200_BF16, H200_FP8)
@@ -59,7 +60,6 @@ B200 = Card(
     },
     attention={kind: B200_GAIN * rate for kind, rate in H100.attention.items()},
     nvlink=720 * GIGA,
-    host=40 * GIGA,
 )
 # nvidia-smi's totals: 81,559, 143,771 and 183,359 MiB
 CARDS = {card.name: card for card in (H100, H200, B200)}
@@ -72,7 +72,7 @@ PASSES = {"transformer_engine": 0.33, "torch": 0.25}
 ADAMW = {"transformer_engine": 0.55, "torch": 0.28}
 # Measured: a layer takes no less a micro-batch, however small (0.5B at 4,096 tokens), in seconds;
 # TE's an assumption.
-LAUNCHES = {"transformer_engine": 0.0012, "torch": 0.0022}
+LAUNCHES = {"transformer_engine": 0.0012, "torch": 0.0025}
 
 # Sampling. Published: NeMo-RL v0.5 (performance summary), Qwen3-32B on H100s, 8 engines of 4 GPUs
 # with 256 answers each: 200 s a step with training beside it on as many GPUs, so that neither takes
@@ -81,6 +81,8 @@ LAUNCHES = {"transformer_engine": 0.0012, "torch": 0.0022}
 DECODING = 0.6  # of `bandwidth`, for weights, keys and values
 STEP_S, SEQUENCE_S = 0.003, 25e-6  # scheduling, sampling and detokenizing, a step and an answer
 ALL_REDUCE_S = 25e-6  # of a step's few rows, however few
-BETWEEN_PHASES_S = (
-    2.0  # engines woken or put to sleep, caches given back, data dealt: an assumption
-)
+# Engines woken or put to sleep, caches given back, data dealt: an assumption
+BETWEEN_PHASES_S = 2.0
+
+# Weights to servers, bytes a second, assumptions: through files that all nodes see; by gloo
+FILES, GLOO = 2 * GIGA, 2 * GIGA

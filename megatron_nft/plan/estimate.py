@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_nft.config import Config
 from megatron_nft.plan.cards import Card
-from megatron_nft.plan.memory import GIB, Memory, memory_of
+from megatron_nft.plan.memory import GIB, Memory, cached_tokens, memory_of
 from megatron_nft.plan.parameters import Held, held_by_ranks
 from megatron_nft.plan.sampling import sampling_seconds
+from megatron_nft.plan.shape import samples
 from megatron_nft.plan.times import Times, times_of
 from megatron_nft.plan.workload import Workload
 
@@ -31,22 +33,32 @@ class Plan:
     held: Sequence[Held]  # one a pipeline stage, as the next
     ranks: Sequence[Memory]
     times: Times  # of a rollout
-    evaluation: float  # seconds of one
+    evaluation: float  # seconds of one, of the sets whose files are here
+    num_cached: float  # tokens whose keys and values an engine's GPU has room for
 
     @property
     def seconds(self) -> float:
-        """Of the whole recipe."""
-        every = self.config.evaluate.every
-        num_evaluations = self.config.rollouts / every if every else 1
-        return self.config.rollouts * self.times.total + num_evaluations * self.evaluation
+        """Of the whole recipe: one evaluation before it, and one after its last rollout."""
+        every, rollouts = self.config.evaluate.every, self.config.rollouts
+        num_evaluations = 1 + math.ceil(rollouts / every) if every else 0
+        return rollouts * self.times.total + num_evaluations * self.evaluation
 
     @property
     def peak(self) -> float:
         return max(memory.peak for memory in self.ranks)
 
     @property
+    def has_engine(self) -> bool:
+        return samples(self.config) or bool(self.config.evaluate.sets)
+
+    @property
+    def engine_fits(self) -> bool:
+        """Whether an engine, here or in a server, can give one answer of the greatest length."""
+        return not self.has_engine or self.num_cached >= self.config.longest
+
+    @property
     def fits(self) -> bool:
-        return self.peak <= ROOM * self.card.memory_gib * GIB
+        return self.engine_fits and self.peak <= ROOM * self.card.memory_gib * GIB
 
 
 def plan_for(
@@ -57,18 +69,24 @@ def plan_for(
     workload: Workload,
     held: Sequence[Held] = (),
 ) -> Plan:
-    """Args:
-    held: where it is known; the same for any number of GPUs with this layout.
+    """What this recipe needs and takes there.
+
+    Args:
+        held: where it is known; the same for any number of GPUs with this layout.
     """
     held = held or held_by_ranks(hf_config, config, num_gpus)
     ranks = [memory_of(hf_config, config, one, num_gpus, card) for one in held]
     times = times_of(hf_config, config, card, num_gpus, held, ranks, workload)
-    evaluation = _evaluation(hf_config, config, card, num_gpus, workload)
-    return Plan(config, num_gpus, card, workload, held, ranks, times, evaluation)
-
-
-def _evaluation(
-    hf_config: PretrainedConfig, config: Config, card: Card, num_gpus: int, workload: Workload
-) -> float:
-    asked = replace(workload, num_asked=workload.num_evaluated, num_answers=1)
-    return sampling_seconds(hf_config, config, card, num_gpus, asked)
+    args = hf_config, config, card, num_gpus, workload
+    evaluation = sum(sampling_seconds(*args, *numbers) for numbers in workload.evaluated)
+    return Plan(
+        config,
+        num_gpus,
+        card,
+        workload,
+        held,
+        ranks,
+        times,
+        evaluation=evaluation + times.lent if evaluation else 0.0,
+        num_cached=cached_tokens(hf_config, config, card),
+    )

@@ -1,8 +1,8 @@
 """Bytes of a GPU, by what they are for, in training and while answers are sampled.
 
-Weights, gradients, optimizer and the engine's weights are exact. Activations are what a layer keeps
-for backward by the formulas below, an estimate: the allocator's gaps and the kernels' own buffers
-are not in it.
+Weights, gradients and optimizer are exact, the engine's weights but for norms and biases.
+Activations are what a layer keeps for backward by the formulas below, an estimate: the allocator's
+gaps and the kernels' own buffers are not in it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from checkpoints_conversion.families import sizes_of
 from megatron_nft.config import Config
 from megatron_nft.plan.cards import CONTEXT_GIB, Card
 from megatron_nft.plan.parameters import Held
+from megatron_nft.plan.shape import bytes_of, has_colocated_engine, sequence_ranks
 from megatron_nft.policy.flops import layer_matmul_parameters
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def memory_of(
 ) -> Memory:
     """What one rank of a pipeline stage needs."""
     parallel, last = config.parallel, config.parallel.pipeline - 1
-    bytes_each = 4 if config.model.dtype == "float32" else 2
-    is_colocated = config.rollout.engine == "colocated" and config.objective.name != "sft"
+    bytes_each = bytes_of(config)
     tokens = longest_row(config) / parallel.context
     return Memory(
         stage=held.stage,
@@ -68,9 +68,14 @@ def memory_of(
         optimizer=_optimizer(config, held, num_ranks),
         activations=_activations(hf_config, config, held.stage, tokens, bytes_each),
         head=_head(hf_config, config, tokens) if held.stage == last else 0.0,
-        engine=config.rollout.memory_fraction * card.memory_gib * GIB if is_colocated else 0.0,
+        engine=_share(config, card) if has_colocated_engine(config) else 0.0,
         offloaded=config.memory.offload,
     )
+
+
+def _share(config: Config, card: Card) -> float:
+    """Bytes of a GPU that vLLM may have."""
+    return config.rollout.memory_fraction * card.memory_gib * GIB
 
 
 def longest_row(config: Config) -> int:
@@ -102,8 +107,7 @@ def layer_bytes_per_token(hf_config: PretrainedConfig, config: Config, bytes_eac
 
 
 def _attention_part(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> float:
-    sizes, parallel = sizes_of(hf_config), config.parallel
-    shared = parallel.tensor if parallel.sequence else 1
+    sizes, parallel, shared = sizes_of(hf_config), config.parallel, sequence_ranks(config)
     heads = (3 * sizes.queries + 4 * sizes.keys) / parallel.tensor
     return bytes_each * (4 * sizes.hidden / shared + heads)
 
@@ -113,8 +117,7 @@ def _mlp_part(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> f
     if not sizes.num_experts:
         return bytes_each * 3 * sizes.ffn / parallel.tensor
     # a token goes to several experts, each of them whole; ranks get as many as they send
-    shared = parallel.tensor if parallel.sequence else 1
-    chosen = hf_config.num_experts_per_tok / shared
+    chosen = hf_config.num_experts_per_tok / sequence_ranks(config)
     return bytes_each * chosen * (3 * sizes.ffn + 2 * sizes.hidden)
 
 
@@ -123,10 +126,9 @@ def _activations(
 ) -> float:
     """Of all micro-batches that a stage holds at once: the first one the most of them."""
     parallel, sizes = config.parallel, sizes_of(hf_config)
-    shared = parallel.tensor if parallel.sequence else 1
     whole = layer_bytes_per_token(hf_config, config, bytes_each)
     if config.memory.recompute == "full":
-        kept, once = bytes_each * sizes.hidden / shared, whole
+        kept, once = bytes_each * sizes.hidden / sequence_ranks(config), whole
     elif config.memory.recompute == "selective" and "mlp" in config.memory.recompute_modules:
         part = _mlp_part(hf_config, config, bytes_each)
         kept, once = whole - part, part
@@ -146,15 +148,24 @@ def _head(hf_config: PretrainedConfig, config: Config, tokens: float) -> float:
     return cells * CELL_BYTES + tokens * hf_config.hidden_size * 4
 
 
+def num_parameters(hf_config: PretrainedConfig) -> float:
+    """Of all of a model's matrices."""
+    layers = hf_config.num_hidden_layers * layer_parameters(hf_config)
+    return layers + _num_in_tables(hf_config)
+
+
+def _num_in_tables(hf_config: PretrainedConfig) -> float:
+    """Of embedding and head."""
+    tables = 1 if hf_config.tie_word_embeddings else 2
+    return tables * hf_config.vocab_size * hf_config.hidden_size
+
+
 def engine_weights(hf_config: PretrainedConfig, config: Config) -> float:
     """Bytes of an engine's weights on each of its GPUs."""
-    layers = hf_config.num_hidden_layers * layer_parameters(hf_config)
-    tables = 1 if hf_config.tie_word_embeddings else 2
-    rest = tables * hf_config.vocab_size * hf_config.hidden_size
-    each = 1 if config.rollout.quantization == "fp8" else 2
-    if config.model.dtype == "float32":
-        each = 4
-    return (layers * each + rest * max(2, each)) / config.rollout.tensor
+    tables = _num_in_tables(hf_config)
+    each = 1 if config.rollout.quantization == "fp8" else bytes_of(config)
+    layers = num_parameters(hf_config) - tables
+    return (layers * each + tables * bytes_of(config)) / config.rollout.tensor
 
 
 def layer_parameters(hf_config: PretrainedConfig) -> int:
@@ -171,12 +182,6 @@ def cached_tokens(hf_config: PretrainedConfig, config: Config, card: Card) -> fl
     """Tokens whose keys and values an engine's GPU has room for; below 0: not even its weights."""
     sizes = sizes_of(hf_config)
     heads = max(1, sizes.num_kv_heads / config.rollout.tensor)
-    each = (
-        2
-        * sizes.num_layers
-        * heads
-        * sizes.head_dim
-        * (4 if config.model.dtype == "float32" else 2)
-    )
-    room = config.rollout.memory_fraction * card.memory_gib - CONTEXT_GIB
-    return (room * GIB - engine_weights(hf_config, config)) / each
+    each = 2 * sizes.num_layers * heads * sizes.head_dim * bytes_of(config)
+    room = _share(config, card) - CONTEXT_GIB * GIB
+    return (room - engine_weights(hf_config, config)) / each

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,12 +56,13 @@ def plan(path: Path, asked: Asked, overrides: Sequence[str]) -> int:
     if made.fits:
         print("it fits" + (", but not all files are here" if missing else ""))
     else:
-        print(f"it does not fit: a GPU has {ROOM * card.memory_gib:.1f} GiB to use")
-        if fraction := largest_fraction(made):
+        print(f"it does not fit: a GPU has {ROOM * card.memory_gib:.1f} GiB to use", end="")
+        print("" if made.engine_fits else ", and an engine is to hold one answer at least")
+        if fraction := largest_fraction(hf_config, made):
             print(f"  fits: rollout.memory_fraction={fraction:.2f}")
     for other in suggestions(hf_config, made):
         print(f"  {other.times.total:,.0f} s a rollout, {other.peak / GIB:.1f} GiB: ", end="")
-        print(changes(config, other.config) or "the recipe's own")
+        print(changes(config, other.config))
     for other in faster_sampling(hf_config, made):
         print(f"  {other.times.sampling:,.0f} s of sampling: {changes(config, other.config)}")
     return int(not made.fits or bool(missing))
@@ -95,6 +96,8 @@ def _workload(config: Config, asked: Asked) -> Workload:
 
 
 def _check(hf_config: PretrainedConfig, config: Config, num_gpus: int, card: Card) -> None:
+    if num_gpus < 1:
+        raise ValueError(f"--gpus was {num_gpus}; it may be at least 1")
     check_layout(hf_config, config.parallel, num_gpus)
     check_fp8(hf_config, config)
     preflight.check_lengths(config, hf_config)
@@ -107,11 +110,13 @@ def _check(hf_config: PretrainedConfig, config: Config, num_gpus: int, card: Car
 
 
 def _scaled(hf_config: PretrainedConfig, plan: Plan) -> Iterator[Plan]:
-    """The same layout on other numbers of GPUs, where it divides them."""
+    """The same layout on other numbers of GPUs, where it divides them; servers in proportion."""
     for num_gpus in SCALES:
+        number = max(1, round(plan.config.rollout.num_servers * num_gpus / plan.num_gpus))
+        config = replace(plan.config, rollout=replace(plan.config.rollout, num_servers=number))
         try:
-            check_layout(hf_config, plan.config.parallel, num_gpus)
-            preflight.check_engine_layout(plan.config, hf_config, num_gpus)
+            check_layout(hf_config, config.parallel, num_gpus)
+            preflight.check_engine_layout(config, hf_config, num_gpus)
         except ValueError:
             continue
-        yield plan_for(hf_config, plan.config, num_gpus, plan.card, plan.workload, plan.held)
+        yield plan_for(hf_config, config, num_gpus, plan.card, plan.workload, plan.held)

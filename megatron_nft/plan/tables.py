@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_nft.config import MemoryConfig
 from megatron_nft.plan.cards import CONTEXT_GIB
 from megatron_nft.plan.estimate import Plan
-from megatron_nft.plan.memory import GIB, cached_tokens, engine_weights, memory_of
+from megatron_nft.plan.memory import GIB, engine_weights, memory_of
 from megatron_nft.plan.sampling import num_engines
 from megatron_nft.plan.suggest import RECOMPUTES
 
@@ -46,7 +45,7 @@ def memory(hf_config: PretrainedConfig, plan: Plan) -> str:
     for name, row in rows.items():
         lines.append(f"{name:<24}" + "".join(f"{value / GIB:>10.1f}" for value in row))
     lines.append(_recomputes(hf_config, plan))
-    if plan.ranks[0].engine:
+    if plan.has_engine:
         lines.append(_engine_line(hf_config, plan))
     return "\n".join(lines)
 
@@ -54,16 +53,17 @@ def memory(hf_config: PretrainedConfig, plan: Plan) -> str:
 def _recomputes(hf_config: PretrainedConfig, plan: Plan) -> str:
     found = []
     for recompute in RECOMPUTES:
-        config = replace(plan.config, memory=MemoryConfig(recompute=recompute))
+        memory = replace(plan.config.memory, recompute=recompute)
+        config = replace(plan.config, memory=memory)
         args = hf_config, config, plan.held[0], plan.num_gpus, plan.card
         found.append(f"{recompute} {memory_of(*args).activations / GIB:.1f}")
     return f"activations of stage 0 by memory.recompute: {', '.join(found)}"
 
 
 def _engine_line(hf_config: PretrainedConfig, plan: Plan) -> str:
-    config, tokens = plan.config, cached_tokens(hf_config, plan.config, plan.card)
+    config, tokens = plan.config, plan.num_cached
     weights = engine_weights(hf_config, config) / GIB
-    if tokens < config.longest:
+    if not plan.engine_fits:
         return (
             f"engine: {weights:.1f} GiB of weights leave no room for one answer; raise "
             "rollout.memory_fraction or rollout.tensor"
@@ -77,8 +77,10 @@ def _engine_line(hf_config: PretrainedConfig, plan: Plan) -> str:
 def times(plan: Plan) -> str:
     """Seconds of a rollout by phases."""
     found, load = plan.times, plan.workload
-    sampled = f"{load.num_asked * load.num_answers:,.0f} answers, "
+    sampled = f"{load.num_asks * load.num_asked * load.num_answers:,.0f} answers, "
     sampled += f"{num_engines(plan.config, plan.num_gpus)} engines"
+    if load.num_asks > 1:
+        sampled += f", {load.num_asks} times asked"
     updates = f"{found.updates} updates of {found.micro_batches} micro-batches a rank"
     rows = [
         ("sampling", found.sampling, sampled),
@@ -110,12 +112,20 @@ def traffic(plan: Plan) -> str:
     return "\n".join(lines if len(lines) > 1 else ["no GPU sends anything"])
 
 
+def _evaluations(plan: Plan) -> str:
+    options, load = plan.config.evaluate, plan.workload
+    if not (options.every and options.sets):
+        return "no evaluations"
+    counted = f"{load.num_evaluated:,} answers each, {plan.evaluation:,.0f} s"
+    if missing := len(options.sets) - len(load.evaluated):
+        counted += f", {missing} of {len(options.sets)} sets not counted: they are not here"
+    return f"evaluations every {options.every} ({counted})"
+
+
 def scaling(plan: Plan, others: Iterable[Plan]) -> str:
     """The whole recipe on these and other numbers of GPUs."""
-    config, number = plan.config, plan.workload.num_evaluated
-    counted = f"{number:,} answers" if number else "not counted: no file of theirs is here"
     lines = [
-        f"{config.rollouts} rollouts, evaluations every {config.evaluate.every} ({counted})",
+        f"{plan.config.rollouts} rollouts, {_evaluations(plan)}",
         f"{'GPUs':>6}{'s a rollout':>13}{'tokens/s/GPU':>14}{'days':>8}{'GPU-hours':>11}",
     ]
     plans = {one.num_gpus: one for one in (*others, plan)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -9,6 +10,8 @@ from statistics import NormalDist
 import numpy as np
 
 from megatron_nft.config import Config
+from megatron_nft.plan.shape import samples
+from megatron_nft.rollout.collect import MOST_ASKED
 from megatron_nft.rows import read_rows
 
 SIGMA = 0.8  # of the logarithm of answers' lengths, as in benchmarks/packing.py
@@ -24,11 +27,13 @@ class Workload:
     answer_tokens: float
     mixed: float  # the share of asked groups that has right and wrong answers
     longest_answer: int
-    num_asked: float  # groups a rollout
+    num_asked: float  # groups, each time that engines are asked; 0: nothing is sampled
     num_trained: int  # groups a rollout
     num_answers: int  # of a group
     passes_before: int = 1  # old log-probabilities, and those of a reference in other programs
-    num_evaluated: int = 0  # answers of one evaluation
+    num_asks: int = 1  # a rollout
+    finish_fraction: float = 1.0  # of an ask's answers; the rest is cut off
+    evaluated: tuple[tuple[int, int], ...] = ()  # each set's questions, and answers to each
 
     @property
     def sequence_tokens(self) -> float:
@@ -38,6 +43,11 @@ class Workload:
     def trained_tokens(self) -> float:
         """Of a rollout, prompts included."""
         return self.num_trained * self.num_answers * self.sequence_tokens
+
+    @property
+    def num_evaluated(self) -> int:
+        """Answers of one evaluation."""
+        return sum(questions * answers for questions, answers in self.evaluated)
 
     def lengths(self, number: int = NUM_QUANTILES) -> np.ndarray:
         """float64 [number], of so many answers, the shortest first."""
@@ -58,29 +68,42 @@ def workload_of(
     Raises:
         ValueError: a value that cannot be.
     """
-    longest, is_sampled = config.rollout.max_response_tokens, config.objective.name != "sft"
+    rollout, longest = config.rollout, config.rollout.max_response_tokens
     answer_tokens = answer_tokens or FULL * longest
     prompt_tokens = prompt_tokens or min(200.0, config.data.max_prompt_tokens)
     _check("--answer-tokens", answer_tokens, longest)
     _check("--prompt-tokens", prompt_tokens, config.data.max_prompt_tokens)
     _check("--mixed", mixed, 1)
+    is_sampled = samples(config)
+    num_asked, num_asks = _asked(config, mixed) if is_sampled else (0.0, 0)
     return Workload(
         prompt_tokens,
         answer_tokens,
         mixed if is_sampled else 1.0,
         longest,
-        num_asked=config.rollout.questions / mixed if is_sampled else 0,
-        num_trained=config.rollout.questions,
-        num_answers=config.rollout.answers if is_sampled else 1,
+        num_asked=num_asked,
+        num_trained=rollout.questions,
+        num_answers=rollout.answers if is_sampled else 1,
         passes_before=int(is_sampled and config.old_logp == "trainer"),
-        num_evaluated=_num_evaluated(config),
+        num_asks=num_asks,
+        finish_fraction=rollout.finish_fraction,
+        evaluated=_evaluated(config),
     )
 
 
-def _num_evaluated(config: Config) -> int:
+def _asked(config: Config, mixed: float) -> tuple[float, int]:
+    """Groups of an ask, and the asks until a batch is full: rollout/collect.py."""
+    rollout = config.rollout
+    share = mixed * rollout.finish_fraction
+    most = MOST_ASKED * rollout.questions
+    asked = rollout.questions_asked or min(most, rollout.questions / share)
+    return asked, min(rollout.max_asks, math.ceil(rollout.questions / (share * asked) - 1e-9))
+
+
+def _evaluated(config: Config) -> tuple[tuple[int, int], ...]:
     """Of the sets whose files are here."""
     sets = [source for source in config.evaluate.sets if Path(source.path).is_file()]
-    return sum(s.samples * sum(1 for _ in read_rows(Path(s.path), {"answer"})) for s in sets)
+    return tuple((sum(1 for _ in read_rows(Path(s.path), {"answer"})), s.samples) for s in sets)
 
 
 def _check(name: str, value: float, greatest: float) -> None:
