@@ -22,24 +22,29 @@ def evaluate(
 ) -> dict[str, float]:
     """`eval/<set>/accuracy` (correct / judged) and the rest for every set; collective.
 
-    The same answers are drawn from the same weights at whatever step: the seed is the run's.
+    All sets are asked at once, so that engines wait but once for the longest answers, and what the
+    verifier failed at is counted for all of them. The same answers are drawn from the same weights
+    at whatever step: the seed is the run's.
 
     Raises:
         RuntimeError: see check_rate.
     """
-    metrics = {}
-    for name, problems, samples in sets:
-        sampling = Sampling(
-            answers=samples,
-            temperature=config.evaluate.temperature,
-            top_p=config.evaluate.top_p,
-            max_tokens=config.rollout.max_response_tokens,
-            seed=config.seed,
-        )
-        tally = ask(engine, verifier, problems, [1.0] * len(problems), sampling).tally
-        seen = tally.metrics()
+    problems = [problem for _, problems, _ in sets for problem in problems]
+    answers = tuple(samples for _, problems, samples in sets for _ in problems)
+    kinds = [name for name, problems, _ in sets for _ in problems]
+    sampling = Sampling(
+        answers=answers,
+        temperature=config.evaluate.temperature,
+        top_p=config.evaluate.top_p,
+        max_tokens=config.rollout.max_response_tokens,
+        seed=config.seed,
+    )
+    asked = ask(engine, verifier, problems, [float(n) for n in answers], sampling, kinds)
+    metrics = {f"eval/{key}": value for key, value in asked.tally.troubles().items()}
+    for name, tally in asked.tallies.items():
+        seen = tally.of_answers()
         rate = seen.get("unverifiable_rate", 0.0)
-        check_rate(f"eval/{name}", rate, config, tally.unverifiable)
+        check_rate(f"eval/{name}", rate, config, asked.tally.unverifiable)
         metrics[f"eval/{name}/accuracy"] = seen.pop("accuracy_all")
         metrics[f"eval/{name}/num_questions"] = tally.num_groups
         metrics |= {f"eval/{name}/{key}": value for key, value in seen.items()}

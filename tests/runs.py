@@ -29,7 +29,12 @@ parallel: {{tensor: 2}}
 data: {{train: [{{path: {root}/cold.jsonl}}], template: raw, max_prompt_tokens: 8}}
 rollout: {{questions: 8, questions_asked: 24, answers: 8, max_response_tokens: 12}}
 optimizer: {{lr: 1.0e-3, warmup_rollouts: 1, questions_per_minibatch: 4, tokens_per_microbatch: 99}}
-evaluate: {{sets: [{{path: {root}/cold.jsonl, name: sums, samples: 2}}], every: 2, top_p: 1.0}}
+evaluate:
+  sets:
+    - {{path: {root}/cold.jsonl, name: sums, samples: 2}}
+    - {{path: {root}/cold.jsonl, name: once, samples: 1}}
+  every: 2
+  top_p: 1.0
 checkpoint: {{every: 1, check_export: true}}
 """
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megatron_nft.config import Config, VerifyConfig
+from megatron_nft.config import Config, ModelConfig, VerifyConfig
+from megatron_nft.evaluate import evaluate
 from megatron_nft.rollout.collect import Asked, ask
 from megatron_nft.rollout.engine import Answers, Hear, Sampling, ignore
 from megatron_nft.rollout.groups import Problem, Response, Verdict
@@ -75,3 +76,39 @@ def test_answers_that_nobody_can_judge_are_shown() -> None:
     )
     assert "9^{9^{9^9}}}' against '1000000 + x': a power too large" in text
     check_rate("rollout", 0.1, Config())
+
+
+@pytest.mark.processes
+def test_sets_are_evaluated_at_once_each_with_its_own_number_of_answers() -> None:
+    """An engine that answers a question by its own number, right but for the last of several."""
+
+    class Asked:
+        is_collective = False
+
+        def generate(
+            self,
+            problems: Sequence[Problem],
+            expected: Sequence[float],
+            sampling: Sampling,
+            hear: Hear = ignore,
+        ) -> Answers:
+            calls.append((list(expected), [sampling.answers_to(n) for n in range(len(problems))]))
+            answers = []
+            for n, problem in enumerate(problems):
+                texts = [rf"\boxed{{{problem.answer}}}"] * sampling.answers_to(n)
+                texts[1:] = [*texts[2:], r"\boxed{-1}"] if len(texts) > 1 else []
+                answers.append((n, tuple(map(response, texts))))
+                hear(*answers[-1])
+            return answers
+
+    calls: list[tuple[list[float], list[int]]] = []
+    many = [Problem(f"m{n}", np.array([n], np.int32), str(n), "m") for n in range(2)]
+    few = [Problem(f"f{n}", np.array([n], np.int32), str(n), "f") for n in range(3)]
+    sets = [("many", many, 4), ("few", few, 1)]
+    with Verifier(VerifyConfig(workers=1)) as verifier:
+        found = evaluate(Asked(), verifier, sets, Config(model=ModelConfig(path="m")))
+    assert calls == [([4.0, 4.0, 1.0, 1.0, 1.0], [4, 4, 1, 1, 1])]  # asked once
+    assert found["eval/many/accuracy"] == 3 / 4
+    assert (found["eval/few/accuracy"], found["eval/few/num_questions"]) == (1.0, 3)
+    assert found["eval/verifier_timeouts"] == found["eval/questions_cut"] == 0
+    assert "eval/many/verifier_timeouts" not in found

@@ -77,8 +77,11 @@ def plan_for(
     held = held or held_by_ranks(hf_config, config, num_gpus)
     ranks = [memory_of(hf_config, config, one, num_gpus, card) for one in held]
     times = times_of(hf_config, config, card, num_gpus, held, ranks, workload)
-    args = hf_config, config, card, num_gpus, workload
-    evaluation = sum(sampling_seconds(*args, *numbers) for numbers in workload.evaluated)
+    evaluation = 0.0
+    if num_questions := sum(questions for questions, _ in workload.evaluated):  # asked at once
+        numbers = num_questions, workload.num_evaluated / num_questions
+        evaluation = times.lent
+        evaluation += sampling_seconds(hf_config, config, card, num_gpus, workload, *numbers)
     return Plan(
         config,
         num_gpus,
@@ -87,6 +90,6 @@ def plan_for(
         held,
         ranks,
         times,
-        evaluation=evaluation + times.lent if evaluation else 0.0,
+        evaluation=evaluation,
         num_cached=cached_tokens(hf_config, config, card),
     )

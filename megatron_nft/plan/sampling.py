@@ -92,13 +92,17 @@ def sampling_seconds(
     num_gpus: int,
     workload: Workload,
     num_questions: float,
-    num_answers: int,
+    num_answers: float,
     finish_fraction: float = 1.0,
 ) -> float:
-    """Until that fraction of the answers to so many questions is there, prompts included."""
+    """Until that fraction of the answers to so many questions is there, prompts included.
+
+    Args:
+        num_answers: to a question, on the average.
+    """
     num_groups = math.ceil(num_questions / num_engines(config, num_gpus))
     decoder = Decoder(hf_config, config, card)
-    remaining = workload.lengths(num_groups * num_answers)
+    remaining = workload.lengths(math.ceil(num_groups * num_answers))
     np.random.default_rng(0).shuffle(remaining)
     room = cached_tokens(hf_config, config, card) / workload.sequence_tokens
     places = int(max(1, min(config.rollout.max_sequences, room)))

@@ -57,9 +57,10 @@ def suggestions(hf_config: PretrainedConfig, plan: Plan) -> list[Plan]:
 
 def _split(hf_config: PretrainedConfig, plan: Plan, tensor: int, pipeline: int) -> Iterator[Plan]:
     """Of every way to save memory with these ranks, what fits."""
-    config, held = plan.config, ()
-    split = {"tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1}
-    parallel = replace(config.parallel, **split, virtual_pipeline=1)
+    config, held, before = plan.config, (), plan.config.parallel
+    sequence = before.sequence if tensor == before.tensor else tensor > 1
+    split = {"tensor": tensor, "pipeline": pipeline, "sequence": sequence}
+    parallel = replace(before, **split, virtual_pipeline=1)
     for recompute, offload in product(RECOMPUTES, (False, True)):
         memory = replace(config.memory, recompute=recompute, offload=offload)
         one = replace(config, parallel=parallel, memory=memory)

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -25,6 +25,7 @@ class Asked:
     mixed: list[Group]  # in the order of the questions, without texts
     tally: Tally  # of all groups
     cut: list[Problem]  # whose answers were not waited for
+    tallies: dict[str, Tally] = field(default_factory=dict)  # of the groups of each kind
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,22 @@ def ask(
     problems: Sequence[Problem],
     expected: Sequence[float],
     sampling: Sampling,
+    kinds: Sequence[str] = (),
 ) -> Asked:
     """Sample and judge; collective where every process has its own engine.
 
     Every process gets all mixed groups then. Groups that nobody trains on stay where they were
     sampled; the tally counts them too.
 
+    Args:
+        kinds: of each problem, for tallies of their own; what the verifier failed at is in the
+            tally of all alone.
+
     Raises:
         Interrupted: sampling was abandoned, by this process or another.
     """
     try:
-        part: Any = _sample_and_judge(engine, verifier, problems, expected, sampling)
+        part: Any = _sample_and_judge(engine, verifier, problems, expected, sampling, kinds)
     except Interrupted:
         part = None
     parts = [part]
@@ -141,40 +147,53 @@ def ask(
     return _together(parts, problems)
 
 
+class _Part(NamedTuple):
+    """What came of the questions that one process asked."""
+
+    mixed: list[tuple[int, Group]]  # by the problems' indices
+    tally: Tally
+    answered: list[int]  # problems, by their indices
+    tallies: dict[str, Tally]
+
+
 def _sample_and_judge(
     engine: Engine,
     verifier: Verifier | None,
     problems: Sequence[Problem],
     expected: Sequence[float],
     sampling: Sampling,
-) -> tuple[list[tuple[int, Group]], Tally, list[int]]:
-    """This process's mixed groups by the problems' indices, its tally, the answered problems."""
-    tally, mixed = Tally(), []
+    kinds: Sequence[str],
+) -> _Part:
+    tally, mixed, tallies = Tally(), [], {kind: Tally() for kind in kinds}
     if verifier is None:
         answers = engine.generate(problems, expected, sampling)
-        return mixed, tally, [index for index, _ in answers]
+        return _Part(mixed, tally, [index for index, _ in answers], tallies)
     before = verifier.counts
     judging = _Judging(verifier, problems)
     answers = engine.generate(problems, expected, sampling, judging.hear)
     for index, responses in answers:
         group = judging.group(index, responses)
         tally.add(group)
+        if kinds:
+            tallies[kinds[index]].add(group)
         if group.is_mixed:
             mixed.append((index, _without_text(group)))
     tally.failures = verifier.counts - before
     tally.unverifiable, verifier.examples = verifier.examples, []
-    return mixed, tally, [index for index, _ in answers]
+    return _Part(mixed, tally, [index for index, _ in answers], tallies)
 
 
-def _together(parts: Sequence[Any], problems: Sequence[Problem]) -> Asked:
-    whole = Tally()
-    for _, tally, _ in parts:
-        whole.merge(tally)
-    found = sorted((item for mixed, _, _ in parts for item in mixed), key=lambda item: item[0])
-    answered = {index for _, _, indices in parts for index in indices}
+def _together(parts: Sequence[_Part], problems: Sequence[Problem]) -> Asked:
+    whole, tallies = Tally(), {kind: Tally() for kind in parts[0].tallies}
+    for part in parts:
+        whole.merge(part.tally)
+        for kind, tally in part.tallies.items():
+            tallies[kind].merge(tally)
+    found = sorted((item for part in parts for item in part.mixed), key=lambda item: item[0])
+    answered = {index for part in parts for index in part.answered}
     cut = [problem for index, problem in enumerate(problems) if index not in answered]
     whole.num_cut = len(cut)
-    return Asked([group for _, group in found], whole, cut)
+    return Asked([group for _, group in found], whole, cut, tallies)
 
 
 def _without_text(group: Group) -> Group:

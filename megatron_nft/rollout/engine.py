@@ -39,12 +39,16 @@ class Sampling:
     `finish_fraction`: once so many of the questions are answered, the rest is cut off.
     """
 
-    answers: int
+    answers: int | tuple[int, ...]  # to every problem, or to each
     temperature: float
     top_p: float
     max_tokens: int
     seed: int
     finish_fraction: float = 1.0
+
+    def answers_to(self, number: int) -> int:
+        """Of a problem, by its number."""
+        return self.answers if isinstance(self.answers, int) else self.answers[number]
 
 
 class Engine(Protocol):
@@ -103,7 +107,7 @@ def sampling_params(
     Engines of all kinds sample by these, so that they sample the same.
     """
     return {
-        "n": sampling.answers,
+        "n": sampling.answers_to(number),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": min(sampling.max_tokens, room),

@@ -49,15 +49,22 @@ class Tally:
 
     def metrics(self) -> dict[str, float]:
         """What there is to say; where no answer was sampled, only how much there was not."""
-        found = {
+        return self.troubles() | self.of_answers()
+
+    def troubles(self) -> dict[str, float]:
+        """What did not go as it should."""
+        return {
             "questions_cut": self.num_cut,
             "verifier_timeouts": self.failures["timeouts"],
             "verifier_worker_deaths": self.failures["worker_deaths"],
         }
+
+    def of_answers(self) -> dict[str, float]:
+        """Empty where there were none."""
         if not (answers := self.verdicts.total()):
-            return found
+            return {}
         judged = self.verdicts[Verdict.CORRECT] + self.verdicts[Verdict.WRONG]
-        return found | {
+        return {
             "accuracy_all": self.verdicts[Verdict.CORRECT] / max(1, judged),
             "unverifiable_rate": self.verdicts[Verdict.UNVERIFIABLE] / answers,
             "truncated_fraction": self.finishes["length"] / answers,

@@ -123,7 +123,7 @@ def assert_as_uninterrupted(workdir: Path, run_dir: Path) -> None:
     """The same run on this machine, two processes of one node."""
     with_paths = [f"run_dir={workdir}/through", f"model.path={workdir}/cold/hf"]
     with_paths += [f"data.train[0].path={workdir}/cold.jsonl"]
-    with_paths += [f"evaluate.sets[0].path={workdir}/cold.jsonl"]
+    with_paths += [f"evaluate.sets[{i}].path={workdir}/cold.jsonl" for i in range(2)]
     train(workdir / "recipe.yaml", *with_paths, *LONG)
     assert lasting(run_dir) == lasting(workdir / "through")
     ours, theirs = (
