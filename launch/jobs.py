@@ -1,13 +1,15 @@
 """What has become of a run that was launched: its jobs, how far it is, what they said."""
 
 import json
-import os
 import subprocess
+import time
 from pathlib import Path
+from typing import NoReturn
 
 from launch.submit import JOBS_FILE
 from megatron_nft.metrics import FILE_NAME, read_metrics
 
+LOOK_EVERY_S = 1.0
 SHOWN = ("accuracy_all", "accuracy_kept", "entropy", "loss", "grad_norm")
 
 
@@ -34,15 +36,44 @@ def logs(run_dir: Path, name: str, *, num_lines: int = 40, follow: bool = False)
     jobs = _jobs(run_dir)
     if name not in jobs:
         raise ValueError(f"there is no job {name!r}; it may be {', '.join(jobs)}")
-    files = sorted(Path(jobs[name]["folder"]).glob("*.out"), key=lambda file: file.stat().st_mtime)
-    if not files:
-        raise ValueError(f"{name} has not begun: no log in {jobs[name]['folder']}")
-    if follow:
-        os.execvp("tail", ["tail", f"-n{num_lines}", "-F", *map(str, files)])
+    folder = Path(jobs[name]["folder"])
+    if not (files := _logs_of(folder)):
+        raise ValueError(f"{name} has not begun: no log in {folder}")
+    read = {file: file.stat().st_size for file in files}
     for file in files[-2:]:  # the batch script's and the nodes'
-        lines = file.read_text(errors="replace").splitlines()[-num_lines:]
-        print(f"==> {file}\n" + "\n".join(lines))
+        said = file.read_bytes()
+        read[file] = len(said)
+        lines = said.decode(errors="replace").splitlines()[-num_lines:]
+        print(f"==> {file}\n" + "\n".join(lines), flush=True)
+    if follow:
+        _follow(folder, read)
     return 0
+
+
+def _logs_of(folder: Path) -> list[Path]:
+    """The oldest first; a job that is queued again writes further ones."""
+    return sorted(folder.glob("*.out"), key=lambda file: file.stat().st_mtime)
+
+
+def _follow(folder: Path, read: dict[Path, int]) -> NoReturn:
+    """Print what comes, until Ctrl-C.
+
+    Args:
+        read: bytes of each log that were printed already.
+    """
+    last = None
+    while True:
+        for file in _logs_of(folder):
+            with file.open("rb") as log:
+                log.seek(read.get(file, 0))
+                if not (more := log.read()):
+                    continue
+                read[file] = log.tell()
+            if file != last:
+                print(f"==> {file}")
+            last = file
+            print(more.decode(errors="replace"), end="", flush=True)
+        time.sleep(LOOK_EVERY_S)
 
 
 def _jobs(run_dir: Path) -> dict[str, dict[str, str]]:
