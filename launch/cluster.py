@@ -23,6 +23,7 @@ class Ssh:
     """Where to submit from; empty: from here."""
 
     host: str = ""
+    port: int = 22
     user: str = ""
     identity: str = ""  # a private key's file
     job_dir: str = ""  # for nemo-run's files, on the cluster's shared file system

@@ -79,8 +79,12 @@ if [ -n "$ill" ]; then
     known=$(scontrol -o show job "$SLURM_JOB_ID" |
         sed -n 's/.* ExcNodeList=\\([^ (][^ ]*\\).*/,\\1/p')
     scontrol requeue "$SLURM_JOB_ID"
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{ill#,}}$known"
-    sleep 30
+    for try in 1 2 3; do  # pending as it is now, the job can be told where not to go
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{ill#,}}$known" && exit 1
+        sleep 2
+    done
+    echo "megatron-nft: Slurm does not leave them out; the job is cancelled"
+    scancel "$SLURM_JOB_ID"
     exit 1
 fi
 """

@@ -210,7 +210,11 @@ def _tunnel(run: Any, cluster: Cluster) -> Any:
     if not ssh.host:
         return run.LocalTunnel(job_dir="")
     return run.SSHTunnel(
-        host=ssh.host, user=ssh.user, job_dir=ssh.job_dir, identity=ssh.identity or None
+        host=ssh.host,
+        port=ssh.port,
+        user=ssh.user,
+        job_dir=ssh.job_dir,
+        identity=ssh.identity or None,
     )
 
 

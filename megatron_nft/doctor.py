@@ -5,6 +5,7 @@ with other ones was seen to.
 """
 
 import contextlib
+import ctypes
 import importlib
 import shutil
 import sys
@@ -158,7 +159,18 @@ def _gpus() -> Iterator[Finding]:
         yield Finding(f"GPU {i}", f"{properties.name}, {gib:.0f} GiB, capability {capability}")
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield Finding("CUDA, NCCL", f"{torch.version.cuda}, {nccl}")
+    yield network("libibverbs.so.1")
     yield from accelerations(torch.cuda.get_device_capability(), find_spec)
+
+
+def network(library: str) -> Finding:
+    """Whether NCCL finds what it goes over InfiniBand by; it says nothing where it does not."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        text = f"no {library}: between nodes NCCL goes by TCP, many times slower than InfiniBand"
+        return Finding("network", text, "apt-get install libibverbs1 ibverbs-providers")
+    return Finding("network", f"{library} is here: NCCL may go over InfiniBand")
 
 
 def accelerations(

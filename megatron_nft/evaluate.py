@@ -24,7 +24,7 @@ def evaluate(
 
     All sets are asked at once, so that engines wait but once for the longest answers, and what the
     verifier failed at is counted for all of them. The same answers are drawn from the same weights
-    at whatever step: the seed is the run's.
+    at whatever step and beside whatever other sets: the seed is the run's.
 
     Raises:
         RuntimeError: see check_rate.
@@ -32,19 +32,22 @@ def evaluate(
     problems = [problem for _, problems, _ in sets for problem in problems]
     answers = tuple(samples for _, problems, samples in sets for _ in problems)
     kinds = [name for name, problems, _ in sets for _ in problems]
+    numbers = tuple(number for _, problems, _ in sets for number in range(len(problems)))
     sampling = Sampling(
         answers=answers,
         temperature=config.evaluate.temperature,
         top_p=config.evaluate.top_p,
         max_tokens=config.rollout.max_response_tokens,
         seed=config.seed,
+        numbers=numbers,
     )
     asked = ask(engine, verifier, problems, [float(n) for n in answers], sampling, kinds)
-    metrics = {f"eval/{key}": value for key, value in asked.tally.troubles().items()}
+    troubles = asked.tally.troubles()
+    metrics = {f"eval/{key}": troubles[key] for key in troubles if key.startswith("verifier_")}
     for name, tally in asked.tallies.items():
         seen = tally.of_answers()
         rate = seen.get("unverifiable_rate", 0.0)
-        check_rate(f"eval/{name}", rate, config, asked.tally.unverifiable)
+        check_rate(f"eval/{name}", rate, config, tally.unverifiable)
         metrics[f"eval/{name}/accuracy"] = seen.pop("accuracy_all")
         metrics[f"eval/{name}/num_questions"] = tally.num_groups
         metrics |= {f"eval/{name}/{key}": value for key, value in seen.items()}

@@ -109,7 +109,8 @@ def grpo(batch: TokenBatch, logp: Tensor, options: ObjectiveConfig) -> TokenLoss
         loss = −min(R·A, clip(R, 1 − clip_low, 1 + clip_high)·A),  A = (r − r̂)/(√(r̂(1−r̂)) + 1e-6)
 
     The standard deviation is the population's, with which NFT at ω = √((1−r̂)/r̂) has the same
-    gradient on-policy. verl takes the sample's: its A is smaller by √((K−1)/K), 3 % at K = 16.
+    gradient on-policy. verl takes the sample's: its A is smaller by √((K−1)/K), 3 % at K = 16. With
+    `overlong_buffer` see dapo.
     """
     return _clipped_surrogate(batch, logp, _standardized_advantage(batch), options)
 
@@ -131,7 +132,8 @@ def dapo(batch: TokenBatch, logp: Tensor, options: ObjectiveConfig) -> TokenLoss
 
     What sets it apart is set elsewhere: clip_high 0.28 and the denominator `token_mean` in the
     recipe, groups that are neither all right nor all wrong in the rollout; and with
-    `overlong_buffer` rewards that fall with the length, whose mean and deviation A then has.
+    `overlong_buffer` rewards of ±1 that fall with the length (its equation 13, rewards.py), whose
+    mean and deviation A then has.
     """
     return _clipped_surrogate(batch, logp, _standardized_advantage(batch), options)
 

@@ -93,3 +93,11 @@ def test_what_is_fast(
     found = doctor.accelerations(capability, lambda name: name if name in modules else None)
     told = {f.name: f.text for f in found}
     assert all(words in told[name] for name, words in expected.items()), told
+
+
+def test_a_missing_library_of_the_network_is_told_of() -> None:
+    assert doctor.network("libc.so.6").remedy == ""
+    found = doctor.network("libibverbs-of-nobody.so.1")
+    assert "NCCL goes by TCP" in found.text
+    assert "libibverbs1" in found.remedy
+    assert not found.is_fatal

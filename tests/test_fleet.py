@@ -214,7 +214,7 @@ def _ask(*are_good: bool, num_gone: int = 0) -> tuple[dict[int, list[Answer]], C
             member.version = 1
             member.join()
             member.lose = lambda trouble: None  # and back
-        questions = {i: Question([1], {}) for i in range(20)}
+        questions = {i: Question([1], {"n": 1}) for i in range(20)}
         try:
             asking = Asking(fleet, questions, 20, 2, counts, lambda *_: None, threading.Event())
             return await asking.run(), counts

@@ -9,7 +9,7 @@ import pytest
 from megatron_nft.config import Config, ModelConfig, VerifyConfig
 from megatron_nft.evaluate import evaluate
 from megatron_nft.rollout.collect import Asked, ask
-from megatron_nft.rollout.engine import Answers, Hear, Sampling, ignore
+from megatron_nft.rollout.engine import Answers, Hear, Sampling, ignore, seed_of
 from megatron_nft.rollout.groups import Problem, Response, Verdict
 from megatron_nft.verify.share import check_rate
 from megatron_nft.verify.verifier import Verifier
@@ -92,7 +92,9 @@ def test_sets_are_evaluated_at_once_each_with_its_own_number_of_answers() -> Non
             sampling: Sampling,
             hear: Hear = ignore,
         ) -> Answers:
-            calls.append((list(expected), [sampling.answers_to(n) for n in range(len(problems))]))
+            places = range(len(problems))
+            answers_to = [sampling.answers_to(n) for n in places]
+            calls.append((list(expected), answers_to, [sampling.seed_for(n) for n in places]))
             answers = []
             for n, problem in enumerate(problems):
                 texts = [rf"\boxed{{{problem.answer}}}"] * sampling.answers_to(n)
@@ -101,14 +103,43 @@ def test_sets_are_evaluated_at_once_each_with_its_own_number_of_answers() -> Non
                 hear(*answers[-1])
             return answers
 
-    calls: list[tuple[list[float], list[int]]] = []
+    calls: list[tuple[list[float], list[int], list[int]]] = []
     many = [Problem(f"m{n}", np.array([n], np.int32), str(n), "m") for n in range(2)]
     few = [Problem(f"f{n}", np.array([n], np.int32), str(n), "f") for n in range(3)]
     sets = [("many", many, 4), ("few", few, 1)]
     with Verifier(VerifyConfig(workers=1)) as verifier:
         found = evaluate(Asked(), verifier, sets, Config(model=ModelConfig(path="m")))
-    assert calls == [([4.0, 4.0, 1.0, 1.0, 1.0], [4, 4, 1, 1, 1])]  # asked once
+    numbers = [0, 1, 0, 1, 2]  # of each in its own set: what it is asked beside changes nothing
+    assert calls == [([4.0, 4.0, 1.0, 1.0, 1.0], [4, 4, 1, 1, 1], [seed_of(0, n) for n in numbers])]
     assert found["eval/many/accuracy"] == 3 / 4
     assert (found["eval/few/accuracy"], found["eval/few/num_questions"]) == (1.0, 3)
-    assert found["eval/verifier_timeouts"] == found["eval/questions_cut"] == 0
+    assert found["eval/verifier_timeouts"] == 0
     assert "eval/many/verifier_timeouts" not in found
+
+
+@pytest.mark.processes
+def test_a_set_that_nobody_can_judge_shows_its_own_answers() -> None:
+    class Hostile:
+        is_collective = False
+
+        def generate(
+            self, problems: Sequence[Problem], _: object, __: object, hear: Hear
+        ) -> Answers:
+            texts = [p.answer if p.id == "fine" else HOSTILE for p in problems]
+            answers = [(n, (response(text),)) for n, text in enumerate(texts)]
+            for answer in answers:
+                hear(*answer)
+            return answers
+
+    one, other, fine = (
+        Problem(name, np.array([0], np.int32), f"{gold} + x", "toy")
+        for name, gold in (("one", 111), ("other", 222), ("fine", 333))
+    )
+    sets = [("some", [one, fine], 1), ("all", [other], 1)]
+    verify = VerifyConfig(workers=1, max_unverifiable_rate=0.5)
+    with (
+        Verifier(verify) as verifier,
+        pytest.raises(RuntimeError, match=r"eval/all: 100.0% (.|\n)*222 \+ x") as raised,
+    ):
+        evaluate(Hostile(), verifier, sets, Config(verify=verify))
+    assert "111 + x" not in str(raised.value)

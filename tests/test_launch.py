@@ -126,17 +126,25 @@ def test_what_cannot_be_launched(
         submit._check(cluster, config, **numbers)
 
 
-def batch(tmp_path: Path, code: int, hosts: str = "node1", known: str = "") -> tuple[int, list]:
+def batch(
+    tmp_path: Path, code: int, hosts: str = "node1", known: str = "", refuses: bool = False
+) -> tuple[int, list[str]]:
     """Exit code and calls of a batch script whose task ends with a code; node1 alone is well.
 
-    `scontrol` writes its calls down, and shows `hosts` and the job's excluded nodes.
+    `scontrol` and `scancel` write their calls down; the first shows `hosts` and the job's excluded
+    nodes, and may refuse to change anything.
     """
     told, bin_ = tmp_path / "told", tmp_path / "bin"
     bin_.mkdir(exist_ok=True)
     job = f"a=b ExcNodeList={known} c=d"
     show = f'case "$*" in *hostnames*) printf "{hosts}";; *) echo "{job}";; esac'
     for name, text in (
-        ("scontrol", f'case "$*" in *show*) {show};; *) echo "$*" >>{told};; esac'),
+        (
+            "scontrol",
+            f'case "$*" in *show*) {show};; *) echo "$*" >>{told};; esac\n'
+            f'[ "$1" != update ] || exit {int(refuses)}',
+        ),
+        ("scancel", f'echo "scancel $*" >>{told}'),
         ("srun", f"touch {tmp_path}/run/launch/well_7_0/node1"),
         ("sleep", "true"),
     ):
@@ -166,6 +174,12 @@ def test_nodes_that_are_not_well_are_excluded_with_those_before(
     code, calls = batch(tmp_path, 0, "node1\\nnode2\\n", known)
     assert code == 1
     assert calls == ["requeue 7", f"update JobId=7 ExcNodeList={excluded}"]
+
+
+def test_a_job_that_would_come_back_to_the_same_nodes_is_cancelled(tmp_path: Path) -> None:
+    code, calls = batch(tmp_path, 0, "node1\\nnode2\\n", refuses=True)
+    update = "update JobId=7 ExcNodeList=node2"
+    assert (code, calls) == (1, ["requeue 7", update, update, update, "scancel 7"])
 
 
 def test_where_no_node_is_well_the_job_is_not_queued_again(tmp_path: Path) -> None:

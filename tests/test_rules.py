@@ -136,9 +136,10 @@ def test_a_function_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyP
     rule = RuleConfig("grading:is_right")
     asked = [("a banana", "4"), ("a banana", "3"), ("a", "who knows"), ("a", "one"), ("a", "")]
     with Verifier(VerifyConfig(workers=1)) as verifier:
-        verdicts = verifier.judge([Question(*pair, rule) for pair in asked])
+        judgements = verifier.submit([Question(*pair, rule) for pair in asked]).result()
+        verdicts = [judgement.verdict for judgement in judgements]
         assert verdicts == [CORRECT, WRONG, UNVERIFIABLE, UNVERIFIABLE, UNVERIFIABLE]
-        assert any("grading:is_right raised ValueError" in each for each in verifier.examples)
+        assert any("grading:is_right raised ValueError" in each.reason for each in judgements)
         for name, trouble in {
             "grading:yes": "grading:yes returned 'yes'; it may be True, False or None",
             "grading:no": "cannot be imported",

@@ -102,7 +102,8 @@ def test_hostile_answers_get_a_verdict_in_time_and_disturb_nobody(
     assert {name: hostile[name] for name in UNDECIDABLE} == dict.fromkeys(UNDECIDABLE, UNVERIFIABLE)
     assert elapsed_s < len(HOSTILE) * (TIMEOUT_S + process.GRACE_S) / 2 + 5
     assert verifier.counts["timeouts"] >= 1
-    assert any("a power too large" in example for example in verifier.examples)
+    again = verifier.submit([Question(text, "72") for text in HOSTILE.values()]).result()
+    assert any("a power too large" in judgement.reason for judgement in again)
     assert not list(tmp_path.rglob("PWNED"))
 
 

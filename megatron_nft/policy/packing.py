@@ -81,10 +81,12 @@ def sequences_of(groups: Seq[Group], longest: int = 0, buffer: int = 0) -> list[
         longest, buffer: with a buffer, rewards fall in the last so many tokens of the greatest
             response length, and every sequence has an advantage.
     """
-    advantages: dict[int, float] = {}
-    for group in groups if buffer else ():
-        shaped = overlong_advantages(group.responses, longest, buffer)
-        advantages |= {id(r): a for r, a in zip(group.responses, shaped, strict=True)}
+
+    def advantages(group: Group) -> Seq[float | None]:
+        if not buffer:
+            return [None] * len(group.responses)
+        return overlong_advantages(group.responses, longest, buffer)
+
     return [
         Sequence(
             prompt=group.problem.prompt_tokens,
@@ -94,10 +96,10 @@ def sequences_of(groups: Seq[Group], longest: int = 0, buffer: int = 0) -> list[
             correct=response.correct,
             group_accuracy=group.accuracy,
             version=response.version,
-            advantage=advantages.get(id(response)),
+            advantage=advantage,
         )
         for group in groups
-        for response in group.responses
+        for response, advantage in zip(group.responses, advantages(group), strict=True)
         if response.judged and len(response.tokens)
     ]
 

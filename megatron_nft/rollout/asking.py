@@ -21,6 +21,10 @@ class Question:
     tokens: list[int]
     params: Params
 
+    @property
+    def num_answers(self) -> int:
+        return self.params["n"]
+
 
 def number_of(version: str) -> int:
     """−1 for what vLLM calls weights that nobody has named."""
@@ -35,7 +39,7 @@ class Asking:
 
     Args:
         enough: how many of the questions are to be answered; the others are cut off then.
-        num_at_once: questions a server.
+        num_at_once: answers a server; it gets a question while it has fewer.
         counts: `questions_asked_again` is kept up in it.
         tell: called with a question's number and answers once they are there, once each, in a
             thread of its own.
@@ -79,16 +83,18 @@ class Asking:
         while pair := self._next():
             number, member = pair
             self._waiting.remove(number)
-            self._running[member.begin_question(self._ask(member, number))] = pair
+            asked = self._ask(member, number)
+            task = member.begin_question(asked, self._questions[number].num_answers)
+            self._running[task] = pair
 
     def _next(self) -> tuple[int, Member] | None:
         """The first question that waits and that a free server may have, and that server."""
-        free = [m for m in self._fleet.live if m.num_questions < self._num_at_once]
+        free = [m for m in self._fleet.live if m.num_answers < self._num_at_once]
         for number in self._waiting if free else ():
             others = self._others(number)
             allowed = [m for m in free if not others or m in others]
             if allowed:
-                return number, min(allowed, key=lambda m: m.num_questions)
+                return number, min(allowed, key=lambda m: m.num_answers)
         return None
 
     def _others(self, number: int) -> list[Member]:

@@ -12,7 +12,7 @@ from megatron_nft.notice import Interrupted
 from megatron_nft.rollout.engine import Engine, Sampling
 from megatron_nft.rollout.groups import Group, Judgement, Problem, Response, Verdict
 from megatron_nft.rollout.questions import Experience, QuestionOrder
-from megatron_nft.rollout.tally import Tally
+from megatron_nft.rollout.tally import EXCERPT_CHARS, Tally
 from megatron_nft.verify.verifier import Question, Verifier
 
 MOST_ASKED = 3  # times the groups of a batch at once: the official code's fixed number
@@ -128,8 +128,8 @@ def ask(
     sampled; the tally counts them too.
 
     Args:
-        kinds: of each problem, for tallies of their own; what the verifier failed at is in the
-            tally of all alone.
+        kinds: of each problem, where nobody trains on them: for tallies of their own; what the
+            verifier failed at is in the tally of all alone.
 
     Raises:
         Interrupted: sampling was abandoned, by this process or another.
@@ -172,14 +172,13 @@ def _sample_and_judge(
     judging = _Judging(verifier, problems)
     answers = engine.generate(problems, expected, sampling, judging.hear)
     for index, responses in answers:
-        group = judging.group(index, responses)
-        tally.add(group)
-        if kinds:
-            tallies[kinds[index]].add(group)
-        if group.is_mixed:
+        group, examples = judging.group(index, responses)
+        for one in (tally, tallies[kinds[index]]) if kinds else (tally,):
+            one.add(group)
+            one.show(examples)
+        if group.is_mixed and not kinds:
             mixed.append((index, _without_text(group)))
     tally.failures = verifier.counts - before
-    tally.unverifiable, verifier.examples = verifier.examples, []
     return _Part(mixed, tally, [index for index, _ in answers], tallies)
 
 
@@ -216,11 +215,14 @@ class _Judging:
         ]
         self._promised[index] = self._verifier.submit(questions)
 
-    def group(self, index: int, responses: tuple[Response, ...]) -> Group:
-        """A problem's responses with their verdicts; waits for them."""
-        verdicts = (judgement.verdict for judgement in self._promised.pop(index).result())
-        judged = tuple(
-            replace(r, verdict=next(verdicts) if r.finish == "stop" else Verdict.WRONG)
-            for r in responses
-        )
-        return Group(self._problems[index], judged)
+    def group(self, index: int, responses: tuple[Response, ...]) -> tuple[Group, list[str]]:
+        """A problem's responses with their verdicts, waited for, and what nobody could judge."""
+        problem, examples = self._problems[index], []
+        judgements, judged = iter(self._promised.pop(index).result()), []
+        for r in responses:
+            found = next(judgements) if r.finish == "stop" else Judgement(Verdict.WRONG)
+            judged.append(replace(r, verdict=found.verdict))
+            if found.verdict is Verdict.UNVERIFIABLE:
+                texts = (repr(text[-EXCERPT_CHARS:]) for text in (r.text, problem.answer))
+                examples.append(f"{' against '.join(texts)}: {found.reason}")
+        return Group(problem, tuple(judged)), examples

@@ -36,7 +36,8 @@ def ignore(_number: int, _responses: tuple[Response, ...]) -> None:
 class Sampling:
     """How answers are drawn; `seed` and a problem's number decide every one of them.
 
-    `finish_fraction`: once so many of the questions are answered, the rest is cut off.
+    `finish_fraction`: once so many of the questions are answered, the rest is cut off. `numbers`:
+    of each problem where they are not 0, 1, …: of several sets each has its own.
     """
 
     answers: int | tuple[int, ...]  # to every problem, or to each
@@ -45,9 +46,14 @@ class Sampling:
     max_tokens: int
     seed: int
     finish_fraction: float = 1.0
+    numbers: tuple[int, ...] = ()
+
+    def seed_for(self, number: int) -> int:
+        """Of a problem's answers, by the problem's place."""
+        return seed_of(self.seed, self.numbers[number] if self.numbers else number)
 
     def answers_to(self, number: int) -> int:
-        """Of a problem, by its number."""
+        """A problem, by its place."""
         return self.answers if isinstance(self.answers, int) else self.answers[number]
 
 
@@ -102,7 +108,7 @@ class Engine(Protocol):
 def sampling_params(
     sampling: Sampling, number: int, room: int, stop_ids: Sequence[int]
 ) -> dict[str, Any]:
-    """vLLM's SamplingParams for a problem, by its number, with room for so many tokens.
+    """vLLM's SamplingParams for a problem, by its place, with room for so many tokens.
 
     Engines of all kinds sample by these, so that they sample the same.
     """
@@ -111,7 +117,7 @@ def sampling_params(
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": min(sampling.max_tokens, room),
-        "seed": seed_of(sampling.seed, number),
+        "seed": sampling.seed_for(number),
         "stop_token_ids": list(stop_ids),
         "logprobs": 0,  # of the sampled token alone
         "flat_logprobs": True,

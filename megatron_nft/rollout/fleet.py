@@ -64,7 +64,7 @@ class Member:
         self.version = -2  # of the weights it holds; −2: unknown
         self.received: list[Digests] = []  # by each of its workers
         self.trouble = ""  # why it was lost last
-        self.num_questions = 0  # that it has and has not answered
+        self.num_questions = self.num_answers = 0  # that it has and has not answered
         self.lost_at = time.monotonic()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._lost = asyncio.Event()
@@ -80,15 +80,16 @@ class Member:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def begin_question(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """The same, counted in num_questions from now on."""
-        self.num_questions += 1
+    def begin_question(self, work: Coroutine[Any, Any, Any], num_answers: int) -> asyncio.Task[Any]:
+        """The same, counted in num_questions and num_answers from now on."""
+        self._count(1, num_answers)
         task = self.begin(work)
-        task.add_done_callback(self._end_question)
+        task.add_done_callback(lambda _: self._count(-1, -num_answers))
         return task
 
-    def _end_question(self, _task: asyncio.Task[Any]) -> None:
-        self.num_questions -= 1
+    def _count(self, num_questions: int, num_answers: int) -> None:
+        self.num_questions += num_questions
+        self.num_answers += num_answers
 
     def lose(self, trouble: str) -> None:
         """Give it up: whatever it was asked has to be asked of another."""

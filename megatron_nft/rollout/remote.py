@@ -118,8 +118,7 @@ class RemoteEngine:
         enough = ceil(sampling.finish_fraction * len(problems))
         # Twice what a server samples at once: a question's answers end at different times, and
         # the next one's begin in their places.
-        num_answers = sum(map(sampling.answers_to, questions))
-        num_at_once = ceil(2 * self._rollout.max_sequences * len(questions) / num_answers)
+        num_at_once = 2 * self._rollout.max_sequences
         responses: dict[int, tuple[Response, ...]] = {}
 
         def tell(number: int, answers: list[Answer]) -> None:

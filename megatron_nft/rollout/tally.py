@@ -1,11 +1,12 @@
 """What was seen of all answers of a rollout, kept or not."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron_nft.rollout.groups import Group, Verdict
 
-MAX_EXAMPLES = 5
+MAX_EXAMPLES, EXCERPT_CHARS = 5, 80
 
 
 @dataclass
@@ -31,6 +32,10 @@ class Tally:
         self.num_tokens += num_tokens
         self.num_groups += 1
 
+    def show(self, examples: Sequence[str]) -> None:
+        """Of what nobody could judge, keep a few."""
+        self.unverifiable = [*self.unverifiable, *examples][:MAX_EXAMPLES]
+
     def merge(self, other: "Tally") -> None:
         self.verdicts += other.verdicts
         self.finishes += other.finishes
@@ -40,7 +45,7 @@ class Tally:
         self.num_tokens += other.num_tokens
         self.num_groups += other.num_groups
         self.num_cut += other.num_cut
-        self.unverifiable = (self.unverifiable + other.unverifiable)[:MAX_EXAMPLES]
+        self.show(other.unverifiable)
 
     @property
     def num_mixed(self) -> int:

@@ -28,7 +28,6 @@ def readable(problems: Sequence[Problem], verifier: Verifier, on_bad_gold: str) 
         late = [i for i, judgement in enumerate(found) if judgement.is_failure]
         for i, judgement in zip(late, verifier.read([golds[i] for i in late]), strict=True):
             found[i] = judgement
-    verifier.examples.clear()
     kept = [i for i, judgement in enumerate(found) if judgement.verdict is Verdict.CORRECT]
     bad = [(p, j.reason) for p, j in zip(problems, found, strict=True) if j.reason]
     if not bad:

@@ -10,14 +10,12 @@ from typing import NamedTuple, Self
 
 from megatron_nft.config import RuleConfig, VerifyConfig
 from megatron_nft.rollout.groups import Judgement, Verdict
-from megatron_nft.rollout.tally import MAX_EXAMPLES
 from megatron_nft.verify.pool import Pool
 from megatron_nft.verify.rules import rule_of
 from megatron_nft.verify.tasks import Task
 
 MAX_CACHED = 2**15  # judgements
 MAX_WAITING = 2**14  # answers; who has more waits
-EXCERPT_CHARS = 80
 
 
 class Question(NamedTuple):
@@ -37,15 +35,13 @@ class Verifier:
     - judged: answers that got a verdict, of any kind
     - cached: those of them that an identical answer had got before
 
-    `on_progress` is called at every judgement of a worker's. `examples`, for people, has a few of
-    the answers that were UNVERIFIABLE since it was last emptied.
+    `on_progress` is called at every judgement of a worker's.
     """
 
     def __init__(
         self, options: VerifyConfig, on_progress: Callable[[], object] = lambda: None
     ) -> None:
         self._on_progress = on_progress
-        self.examples: list[str] = []
         self._changed = Condition()  # guards all below
         self._cache: OrderedDict[Task, Judgement] = OrderedDict()
         self._waiting: defaultdict[Task, list[_Request]] = defaultdict(list)
@@ -106,7 +102,6 @@ class Verifier:
             request.found[task] = known
             return False
         if judgement := _at_once(task):
-            self._keep_example(task, judgement)
             request.found[task] = judgement
             return True
         self._changed.wait_for(lambda: len(self._waiting) < MAX_WAITING or self._is_closed)
@@ -124,7 +119,6 @@ class Verifier:
         self._on_progress()
         with self._changed:
             if isinstance(outcome, Judgement):
-                self._keep_example(task, outcome)
                 self._remember(task, outcome)
             self._settle(task, outcome)
 
@@ -148,12 +142,6 @@ class Verifier:
         self._cache[task] = judgement
         if len(self._cache) > MAX_CACHED:
             self._cache.popitem(last=False)
-
-    def _keep_example(self, task: Task, judgement: Judgement) -> None:
-        if judgement.verdict is not Verdict.UNVERIFIABLE or len(self.examples) >= MAX_EXAMPLES:
-            return
-        texts = (repr((text or "")[-EXCERPT_CHARS:]) for text in task[:2])
-        self.examples.append(f"{' against '.join(texts)}: {judgement.reason}")
 
 
 @dataclass
