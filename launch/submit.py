@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from launch import cluster as clusters
-from launch import scripts
+from launch import remote, scripts
 from launch.cluster import Cluster
 from megatron_nft import recipe
 from megatron_nft.config import Config
@@ -69,10 +69,11 @@ def launch(
     (folder / JOBS_FILE).write_text(json.dumps(handles, indent=1) + "\n")
     for name, handle in handles.items():
         print(f"{name}: job {handle['id']}")
+    there = PurePosixPath(cluster.workdir) / config.run_dir
     if cluster.ssh.host:
-        print(f"its files are on {cluster.ssh.host}, in {cluster.workdir}/{config.run_dir}")
-    else:
-        print(f"megatron-nft status {folder.parent}\nmegatron-nft logs {folder.parent}")
+        remote.copy(cluster.ssh, folder / JOBS_FILE, there / "launch" / JOBS_FILE)
+        print(f"on {cluster.ssh.host}, in {cluster.workdir}:")
+    print(f"megatron-nft status {there}\nmegatron-nft logs {there}")
     return 0
 
 
@@ -147,7 +148,9 @@ def _submit(
         import nemo_run as run
     except ModuleNotFoundError:
         raise ValueError(NO_NEMO_RUN) from None
-    if not is_dry and not cluster.ssh.host and not shutil.which("sbatch"):
+    if not is_dry and cluster.ssh.host:
+        remote.check(cluster.ssh)
+    elif not is_dry and not shutil.which("sbatch"):
         raise ValueError("there is no sbatch here; submit from a login node, or give ssh.host")
     run.config.set_nemorun_home(str(folder / "nemo-run"))
     options = {"enable_goodbye_message": False, "skip_status_at_exit": True}
@@ -160,12 +163,16 @@ def _submit(
         if is_dry:
             experiment.dryrun(log=False, delete_exp_dir=False)
         else:
-            experiment.run(detach=True)
-        found = {j.id: (j.executor.job_dir, j.handle) for j in experiment.jobs}
-    texts = {name: _script_of(Path(where)) for name, (where, _) in found.items()}
+            with remote.told(cluster.ssh):
+                experiment.run(detach=True)
+        found = {j.id: (j.executor.job_dir, j.handle, j.executor.tunnel) for j in experiment.jobs}
+    texts = {name: _script_of(Path(where)) for name, (where, *_) in found.items()}
     return texts, {
-        name: {"id": (handle or "").rpartition("/")[2], "folder": where}
-        for name, (where, handle) in found.items()
+        name: {
+            "id": (handle or "").rpartition("/")[2],
+            "folder": f"{tunnel.job_dir}/{Path(where).name}" if cluster.ssh.host else where,
+        }
+        for name, (where, handle, tunnel) in found.items()
     }
 
 
@@ -214,7 +221,7 @@ def _tunnel(run: Any, cluster: Cluster) -> Any:
         port=ssh.port,
         user=ssh.user,
         job_dir=ssh.job_dir,
-        identity=ssh.identity or None,
+        identity=remote.key_of(ssh) or None,
     )
 
 

@@ -1,9 +1,10 @@
-"""`megatron-nft launch` on a real Slurm: told to stop, killed, and done all the same.
+"""`megatron-nft launch` on a real Slurm: told to stop, killed, and done all the same; over SSH.
 
 Row 19 of field_failures as well: a node that does not come is named within a deadline.
 """
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import Slurm, trouble
+from login import Login, can_log_in
 from runs import lasting, prepare_model, train
 from safetensors.numpy import load_file
 
@@ -115,7 +117,7 @@ def test_a_run_that_is_told_to_stop_and_loses_a_node_is_the_run_it_would_have_be
     assert slurm.wait_for(number, ("COMPLETED", "FAILED"), 400)["JobState"] == "COMPLETED"
     assert slurm.wait_for(jobs["evaluate"], ("COMPLETED", "FAILED"), 150)["JobState"] == "COMPLETED"
     assert_as_uninterrupted(workdir, run_dir)
-    assert_is_told(slurm, workdir, run_dir)
+    assert_is_told(slurm, run_dir)
     slurm.start_node("node2")
 
 
@@ -136,27 +138,63 @@ def assert_as_uninterrupted(workdir: Path, run_dir: Path) -> None:
     assert found["eval/sums/accuracy"] == last["eval/sums/accuracy"]  # of the same weights
 
 
-def assert_is_told(slurm: Slurm, workdir: Path, run_dir: Path) -> None:
-    def said(*words: str) -> str:
-        command = [str(LAUNCHER), *words]
-        done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+def said(slurm: Slurm, *words: str) -> str:
+    """What the command prints on the login node."""
+    command = [str(LAUNCHER), *words]
+    done = subprocess.run(command, env=slurm.environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-    status = said("status", str(run_dir))
+
+def assert_is_told(slurm: Slurm, run_dir: Path) -> None:
+    status = said(slurm, "status", str(run_dir))
     assert "COMPLETED" in status
     assert "rollout 80" in status
-    assert "sums" in said("logs", str(run_dir), "--job", "evaluate")
-    whole = said("logs", str(run_dir), "--lines", "5000")
+    assert "sums" in said(slurm, "logs", str(run_dir), "--job", "evaluate")
+    whole = said(slurm, "logs", str(run_dir), "--lines", "5000")
     assert whole.count("\nmegatron-nft: told to stop; queued again") == 2
     assert whole.count("\nmegatron-nft: failed") <= 1  # the other node may see it before Slurm does
 
 
-def test_a_node_that_is_not_well_is_left_out(slurm: Slurm, workdir: Path) -> None:
+@pytest.fixture
+def elsewhere(slurm: Slurm, workdir: Path, tmp_path: Path) -> Iterator[Path]:
+    """A folder to launch from over SSH, where there is an sshd; else `workdir` itself."""
+    if not can_log_in():
+        yield workdir
+        return
+    with Login(tmp_path, slurm) as login:
+        shutil.copy(workdir / "recipe.yaml", tmp_path)
+        hasty = (workdir / "hasty.yaml").read_text()
+        (tmp_path / "hasty.yaml").write_text(hasty + login.ssh)
+        yield tmp_path
+
+
+def test_a_node_that_is_not_well_is_left_out(slurm: Slurm, workdir: Path, elsewhere: Path) -> None:
     """node1 does not answer before the run begins; the run begins on others."""
     until(lambda: set(slurm.states().values()) == {"idle"}, 60, slurm)
     words = ["--cluster", "hasty.yaml", "--nodes", "2", "rollouts=1", "run_dir=runs/ill"]
-    number = launch(slurm, workdir, *words)["train"]
+    number = launch(slurm, elsewhere, *words)["train"]
     until(lambda: slurm.job(number)["ExcNodeList"] == "node1", 90, slurm)
     assert slurm.wait_for(number, ("COMPLETED", "FAILED"), 200)["JobState"] == "COMPLETED"
     assert slurm.job(number)["NodeList"] == "node[2-3]"
+    assert "rollout 1, step 2" in said(slurm, "status", str(workdir / "runs" / "ill"))
+    assert "rollout" in said(slurm, "logs", str(workdir / "runs" / "ill"))
+
+
+@pytest.mark.skipif(not can_log_in(), reason="there is no sshd, or no rsync")
+def test_a_login_node_that_lets_nobody_in_is_told_of(slurm: Slurm, elsewhere: Path) -> None:
+    def refused(before: str, after: str) -> str:
+        text = (elsewhere / "hasty.yaml").read_text()
+        (elsewhere / "bad.yaml").write_text(text.replace(before, after))
+        command = [str(LAUNCHER), "launch", "recipe.yaml", "--cluster", "bad.yaml"]
+        done = subprocess.run(
+            [*command, "--nodes", "2", "run_dir=runs/bad"],
+            cwd=elsewhere,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        return done.stderr
+
+    assert "ssh.host 127.0.0.1: root@127.0.0.1: Permission denied" in refused("/me,", "/host,")
+    assert "Connection refused" in refused("port: 16822", "port: 16823")
