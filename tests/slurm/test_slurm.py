@@ -170,15 +170,19 @@ def elsewhere(slurm: Slurm, workdir: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_node_that_is_not_well_is_left_out(slurm: Slurm, workdir: Path, elsewhere: Path) -> None:
-    """node1 does not answer before the run begins; the run begins on others."""
+    """node1 does not answer before the run begins; of the others one trains, and one serves."""
     until(lambda: set(slurm.states().values()) == {"idle"}, 60, slurm)
-    words = ["--cluster", "hasty.yaml", "--nodes", "2", "rollouts=1", "run_dir=runs/ill"]
-    number = launch(slurm, elsewhere, *words)["train"]
+    words = ["--cluster", "hasty.yaml", "--nodes", "1", "--servers", "1", "run_dir=runs/ill"]
+    words += ["rollouts=1", "rollout.engine=remote", "parallel.tensor=1"]
+    jobs = launch(slurm, elsewhere, *words)
+    number = jobs["train"]
     until(lambda: slurm.job(number)["ExcNodeList"] == "node1", 90, slurm)
     assert slurm.wait_for(number, ("COMPLETED", "FAILED"), 200)["JobState"] == "COMPLETED"
     assert slurm.job(number)["NodeList"] == "node[2-3]"
     assert "rollout 1, step 2" in said(slurm, "status", str(workdir / "runs" / "ill"))
     assert "rollout" in said(slurm, "logs", str(workdir / "runs" / "ill"))
+    assert not (workdir / "runs" / "ill" / "logs" / "engine_0.log").exists()  # none of its own
+    assert slurm.wait_for(jobs["evaluate"], ("COMPLETED", "FAILED"), 150)["JobState"] == "COMPLETED"
 
 
 @pytest.mark.skipif(not can_log_in(), reason="there is no sshd, or no rsync")
