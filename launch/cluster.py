@@ -23,9 +23,9 @@ class Ssh:
     """Where to submit from; empty: from here."""
 
     host: str = ""
-    port: int = 22
+    port: int = 0  # 0: as ssh's configuration says
     user: str = ""
-    identity: str = ""  # a private key's file
+    identity: str = ""  # a private key's file; empty: ssh finds one
     job_dir: str = ""  # for nemo-run's files, on the cluster's shared file system
 
 
@@ -98,8 +98,22 @@ def _check(cluster: Cluster) -> None:
                 f"environment.{name}: a secret's value would stand in every job's script; list its "
                 "name in `secrets` and set it in your shell there"
             )
-    if cluster.ssh.host and not (cluster.ssh.user and cluster.ssh.job_dir):
+    if cluster.ssh.host:
+        _check_ssh(cluster.ssh)
+
+
+def _check_ssh(ssh: Ssh) -> None:
+    if not (ssh.user and ssh.job_dir):
         raise ValueError("ssh.host needs ssh.user and ssh.job_dir")
+    if not 0 <= ssh.port < 2**16:
+        raise ValueError(f"ssh.port was {ssh.port}; it may be 0 to 65535")
+    if not Path(ssh.job_dir).is_absolute() or re.search(r"\s|/nemo_run", ssh.job_dir):
+        raise ValueError(
+            f"ssh.job_dir was {ssh.job_dir!r}; it may be an absolute path without spaces and "
+            "without /nemo_run, which nemo-run's scripts do not stand"
+        )
+    if re.search(r"[\s'\"]", ssh.identity):
+        raise ValueError(f"ssh.identity was {ssh.identity!r}; it may hold no spaces and quotes")
 
 
 def _seconds(time: str) -> int:

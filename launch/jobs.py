@@ -41,7 +41,7 @@ def logs(run_dir: Path, name: str, *, num_lines: int = 40, follow: bool = False)
         raise ValueError(f"{name} has not begun: no log in {folder}")
     read = {file: file.stat().st_size for file in files}
     for file in files[-2:]:  # the batch script's and the nodes'
-        said = file.read_bytes()
+        said = file.read_bytes() if not follow else _whole_lines(file.read_bytes())
         read[file] = len(said)
         lines = said.decode(errors="replace").splitlines()[-num_lines:]
         print(f"==> {file}\n" + "\n".join(lines), flush=True)
@@ -55,6 +55,11 @@ def _logs_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.out"), key=lambda file: file.stat().st_mtime)
 
 
+def _whole_lines(said: bytes) -> bytes:
+    """Up to the last line's end: the rest may stop within a character."""
+    return said[: said.rfind(b"\n") + 1]
+
+
 def _follow(folder: Path, read: dict[Path, int]) -> NoReturn:
     """Print what comes, until Ctrl-C.
 
@@ -66,9 +71,9 @@ def _follow(folder: Path, read: dict[Path, int]) -> NoReturn:
         for file in _logs_of(folder):
             with file.open("rb") as log:
                 log.seek(read.get(file, 0))
-                if not (more := log.read()):
+                if not (more := _whole_lines(log.read())):
                     continue
-                read[file] = log.tell()
+            read[file] = read.get(file, 0) + len(more)
             if file != last:
                 print(f"==> {file}")
             last = file

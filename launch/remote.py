@@ -1,4 +1,7 @@
-"""A login node that jobs are submitted from over SSH, by the ssh and rsync of this machine."""
+"""A login node that jobs are submitted from over SSH, by the ssh and rsync of this machine.
+
+nemo-run connects by paramiko, and copies by rsync; both have to get in without a question.
+"""
 
 import contextlib
 import shlex
@@ -12,17 +15,17 @@ from launch.cluster import Ssh
 TIMEOUT_S = 60
 
 
-def check(ssh: Ssh) -> None:
-    """Raise ValueError where it cannot be reached as nemo-run will reach it."""
+def check(ssh: Ssh, folder: PurePosixPath) -> None:
+    """Make a folder there; ValueError where that, or what nemo-run will need, cannot be."""
     if missing := [name for name in ("ssh", "rsync") if not shutil.which(name)]:
         raise ValueError(f"ssh.host needs {', '.join(missing)} on this machine; install them")
-    _run(ssh, "command -v rsync >/dev/null || { echo there is no rsync there >&2; exit 1; }")
+    run(ssh, "command -v rsync >/dev/null || { echo there is no rsync there >&2; exit 1; }")
+    run(ssh, f"mkdir -p {shlex.quote(str(folder))}")
 
 
 def copy(ssh: Ssh, file: Path, to: PurePosixPath) -> None:
-    """Copy a small file there, into a folder that is made if need be."""
-    folder = shlex.quote(str(to.parent))
-    _run(ssh, f"mkdir -p {folder} && cat >{shlex.quote(str(to))}", file.read_bytes())
+    """Copy a small file there."""
+    run(ssh, f"cat >{shlex.quote(str(to))}", file.read_bytes())
 
 
 @contextlib.contextmanager
@@ -32,12 +35,15 @@ def told(ssh: Ssh) -> Iterator[None]:
         yield
         return
     from invoke.exceptions import UnexpectedExit
+    from paramiko import SSHException
 
     try:
         yield
     except UnexpectedExit as error:
         text = error.result.stderr.strip() or error.result.stdout.strip()
-        raise ValueError(f"ssh.host {ssh.host}: {error.result.command}: {text}") from None
+        raise ValueError(f"ssh.host {ssh.host}: {error.result.command}: {text}") from error
+    except (OSError, EOFError, SSHException) as error:
+        raise ValueError(f"ssh.host {ssh.host}: {error!r}") from error
     except SystemExit:
         raise ValueError(f"ssh.host {ssh.host} does not let {ssh.user} in") from None
 
@@ -47,10 +53,12 @@ def key_of(ssh: Ssh) -> str:
     return str(Path(ssh.identity).expanduser()) if ssh.identity else ""
 
 
-def _run(ssh: Ssh, command: str, given: bytes = b"") -> None:
-    words = ["ssh", "-p", str(ssh.port), f"{ssh.user}@{ssh.host}", command]
-    if ssh.identity:
-        words[1:1] = ["-i", key_of(ssh)]
+def run(ssh: Ssh, command: str, given: bytes = b"") -> str:
+    """What a command prints there. Raises ValueError where it fails or nothing is to be reached."""
+    words = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={TIMEOUT_S // 3}"]
+    words += ["-i", key_of(ssh)] if ssh.identity else []
+    words += ["-p", str(ssh.port)] if ssh.port else []
+    words += ["--", f"{ssh.user}@{ssh.host}", command]
     try:
         done = subprocess.run(words, input=given, capture_output=True, timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
@@ -58,3 +66,4 @@ def _run(ssh: Ssh, command: str, given: bytes = b"") -> None:
     if done.returncode:
         text = done.stderr.decode(errors="replace").strip()
         raise ValueError(f"ssh.host {ssh.host}: {text or f'ssh ended with {done.returncode}'}")
+    return done.stdout.decode(errors="replace")

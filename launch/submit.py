@@ -62,14 +62,15 @@ def launch(
             texts, _ = _submit(cluster, jobs, _title(config), Path(temporary), is_dry=True)
         print("\n".join(f"# {name}\n{text}" for name, text in texts.items()))
         return 0
-    folder = _folder(cluster, config)
-    if not cluster.ssh.host:
-        _check_not_running(folder)
+    folder, there = _folder(cluster, config), PurePosixPath(cluster.workdir) / config.run_dir
+    if cluster.ssh.host:
+        remote.check(cluster.ssh, there / "launch")
+    elif not shutil.which("sbatch"):
+        raise ValueError("there is no sbatch here; submit from a login node, or give ssh.host")
+    _check_not_running(cluster, folder)
     _, handles = _submit(cluster, jobs, _title(config), folder, is_dry=False)
-    (folder / JOBS_FILE).write_text(json.dumps(handles, indent=1) + "\n")
     for name, handle in handles.items():
         print(f"{name}: job {handle['id']}")
-    there = PurePosixPath(cluster.workdir) / config.run_dir
     if cluster.ssh.host:
         remote.copy(cluster.ssh, folder / JOBS_FILE, there / "launch" / JOBS_FILE)
         print(f"on {cluster.ssh.host}, in {cluster.workdir}:")
@@ -117,13 +118,18 @@ def _check(cluster: Cluster, config: Config, num_nodes: int, num_servers: int) -
         )
 
 
-def _check_not_running(folder: Path) -> None:
+def _check_not_running(cluster: Cluster, folder: Path) -> None:
     """Raise ValueError where an earlier launch's jobs wait or run."""
     file = folder / JOBS_FILE
-    numbers = [job["id"] for job in json.loads(file.read_text()).values()] if file.exists() else []
+    jobs = json.loads(file.read_text()).values() if file.exists() else []
+    numbers = [job["id"] for job in jobs if job["id"]]
     for number in numbers:
-        queued = subprocess.run(["squeue", "-h", "-j", number], capture_output=True, text=True)
-        if queued.stdout.strip():
+        words = ["squeue", "-h", "-j", number]
+        if cluster.ssh.host:
+            queued = remote.run(cluster.ssh, f"{shlex.join(words)} 2>/dev/null || true")
+        else:
+            queued = subprocess.run(words, capture_output=True, text=True).stdout
+        if queued.strip():
             raise ValueError(
                 f"{folder.parent} has been launched: job {number} waits or runs; scancel it first, "
                 "or give another run_dir"
@@ -148,10 +154,6 @@ def _submit(
         import nemo_run as run
     except ModuleNotFoundError:
         raise ValueError(NO_NEMO_RUN) from None
-    if not is_dry and cluster.ssh.host:
-        remote.check(cluster.ssh)
-    elif not is_dry and not shutil.which("sbatch"):
-        raise ValueError("there is no sbatch here; submit from a login node, or give ssh.host")
     run.config.set_nemorun_home(str(folder / "nemo-run"))
     options = {"enable_goodbye_message": False, "skip_status_at_exit": True}
     with run.Experiment(title, **options) as experiment:
@@ -163,17 +165,39 @@ def _submit(
         if is_dry:
             experiment.dryrun(log=False, delete_exp_dir=False)
         else:
-            with remote.told(cluster.ssh):
-                experiment.run(detach=True)
-        found = {j.id: (j.executor.job_dir, j.handle, j.executor.tunnel) for j in experiment.jobs}
-    texts = {name: _script_of(Path(where)) for name, (where, *_) in found.items()}
-    return texts, {
-        name: {
-            "id": (handle or "").rpartition("/")[2],
-            "folder": f"{tunnel.job_dir}/{Path(where).name}" if cluster.ssh.host else where,
-        }
-        for name, (where, handle, tunnel) in found.items()
-    }
+            _run(experiment, cluster, folder)
+        texts = {job.id: _script_of(Path(job.executor.job_dir)) for job in experiment.jobs}
+        return texts, _handles(experiment, cluster)
+
+
+def _run(experiment: Any, cluster: Cluster, folder: Path) -> None:
+    """Submit, and leave in a file what was, also where not all of it could be.
+
+    Raises:
+        ValueError: the login node did not do it; what is queued already is in the message.
+    """
+    try:
+        with remote.told(cluster.ssh):
+            experiment.run(detach=True)
+    except ValueError as error:
+        found = _handles(experiment, cluster).items()
+        queued = [f"{name} {handle['id']}" for name, handle in found if handle["id"]]
+        said = f"\nqueued already: job {', '.join(queued)}; scancel it" if queued else ""
+        raise ValueError(f"{error}{said}") from error
+    finally:
+        text = json.dumps(_handles(experiment, cluster), indent=1)
+        (folder / JOBS_FILE).write_text(text + "\n")
+
+
+def _handles(experiment: Any, cluster: Cluster) -> dict[str, dict[str, str]]:
+    """Each job's number, where it has one, and the folder of its logs."""
+    found = {}
+    for job in experiment.jobs:
+        where = job.executor.job_dir
+        if cluster.ssh.host:
+            where = f"{job.executor.tunnel.job_dir}/{Path(where).name}"
+        found[job.id] = {"id": (job.handle or "").rpartition("/")[2], "folder": where}
+    return found
 
 
 def _executor(run: Any, cluster: Cluster, job: Job, title: str) -> Any:
@@ -218,7 +242,7 @@ def _tunnel(run: Any, cluster: Cluster) -> Any:
         return run.LocalTunnel(job_dir="")
     return run.SSHTunnel(
         host=ssh.host,
-        port=ssh.port,
+        port=ssh.port or None,
         user=ssh.user,
         job_dir=ssh.job_dir,
         identity=remote.key_of(ssh) or None,

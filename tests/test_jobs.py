@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -43,15 +44,18 @@ def test_what_a_job_says_once_it_is_queued_again_is_followed(tmp_path: Path) -> 
     ) as process:
         said = process.stdout
         assert said is not None
+        limit = threading.Timer(60, process.kill)
+        limit.start()
         try:
             assert said.readline() == f"==> {folder}/log_1_0.out\n"
             assert said.readline() == "line 99\n"
             with (folder / "log_1_0.out").open("a") as log:
-                log.write("told to stop\n")
+                log.write("told to stop\nnot whole")
             assert said.readline() == f"==> {folder}/log_1_0.out\n"
             assert said.readline() == "told to stop\n"
             (folder / "log_1_1.out").write_text("again\n")
             assert said.readline() == f"==> {folder}/log_1_1.out\n"
             assert said.readline() == "again\n"
         finally:
+            limit.cancel()
             process.kill()

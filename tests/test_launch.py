@@ -80,7 +80,9 @@ def test_servers_have_the_last_nodes_and_trainers_know_them(tmp_path: Path) -> N
     told = tmp_path / "told"
     program = tmp_path / "program"
     program.write_text(
-        f'#!/bin/bash\necho "$SLURM_NODEID $*" >>{told}\n[ "$1" != serve ] || sleep 60\n'
+        f'#!/bin/bash\necho "$SLURM_NODEID $*" >>{told}\n[ "$1" != serve ] || exec sleep 60\n'
+        # a training ends after its servers have begun
+        f"for _ in $(seq 200); do [ $(grep -c ' serve ' {told}) = 2 ] && exit; sleep 0.1; done\n"
     )
     program.chmod(0o755)
     (tmp_path / "run" / "launch").mkdir(parents=True)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import Slurm, trouble
-from login import Login, can_log_in
+from login import Login
+from login import trouble as login_trouble
 from runs import lasting, prepare_model, train
 from safetensors.numpy import load_file
 
@@ -157,16 +158,24 @@ def assert_is_told(slurm: Slurm, run_dir: Path) -> None:
 
 
 @pytest.fixture
-def elsewhere(slurm: Slurm, workdir: Path, tmp_path: Path) -> Iterator[Path]:
-    """A folder to launch from over SSH, where there is an sshd; else `workdir` itself."""
-    if not can_log_in():
-        yield workdir
+def login(slurm: Slurm, tmp_path: Path) -> Iterator[Login | None]:
+    """None where there is no sshd, or none that lets root in."""
+    if login_trouble():
+        yield None
         return
     with Login(tmp_path, slurm) as login:
-        shutil.copy(workdir / "recipe.yaml", tmp_path)
-        hasty = (workdir / "hasty.yaml").read_text()
-        (tmp_path / "hasty.yaml").write_text(hasty + login.ssh)
-        yield tmp_path
+        yield None if login.refusal() else login
+
+
+@pytest.fixture
+def elsewhere(workdir: Path, login: Login | None) -> Path:
+    """A folder to launch from over SSH, where that can be; else `workdir` itself."""
+    if login is None:
+        return workdir
+    shutil.copy(workdir / "recipe.yaml", login.folder)
+    hasty = (workdir / "hasty.yaml").read_text()
+    (login.folder / "hasty.yaml").write_text(hasty + login.ssh)
+    return login.folder
 
 
 def test_a_node_that_is_not_well_is_left_out(slurm: Slurm, workdir: Path, elsewhere: Path) -> None:
@@ -185,8 +194,12 @@ def test_a_node_that_is_not_well_is_left_out(slurm: Slurm, workdir: Path, elsewh
     assert slurm.wait_for(jobs["evaluate"], ("COMPLETED", "FAILED"), 150)["JobState"] == "COMPLETED"
 
 
-@pytest.mark.skipif(not can_log_in(), reason="there is no sshd, or no rsync")
-def test_a_login_node_that_lets_nobody_in_is_told_of(slurm: Slurm, elsewhere: Path) -> None:
+def test_a_login_node_that_lets_nobody_in_is_told_of(
+    slurm: Slurm, elsewhere: Path, login: Login | None
+) -> None:
+    if login is None:
+        pytest.skip(login_trouble() or "sshd does not let root in here")
+
     def refused(before: str, after: str) -> str:
         text = (elsewhere / "hasty.yaml").read_text()
         (elsewhere / "bad.yaml").write_text(text.replace(before, after))
@@ -194,11 +207,14 @@ def test_a_login_node_that_lets_nobody_in_is_told_of(slurm: Slurm, elsewhere: Pa
         done = subprocess.run(
             [*command, "--nodes", "2", "run_dir=runs/bad"],
             cwd=elsewhere,
+            env=slurm.environment,
             capture_output=True,
             text=True,
+            timeout=200,
         )
         assert done.returncode == 2
         return done.stderr
 
     assert "ssh.host 127.0.0.1: root@127.0.0.1: Permission denied" in refused("/me,", "/host,")
-    assert "Connection refused" in refused("port: 16822", "port: 16823")
+    assert "ssh.host 127.0.0.1: " in refused(f"port: {login.port}", "port: 1")
+    assert "cannot create directory" in refused("workdir: ", "workdir: /proc/x #")
