@@ -356,7 +356,13 @@ getattr(convert, sys.argv[1])(Path(sys.argv[2]), Path(sys.argv[3]))
 def converting(verb: Convert, source: Path, out: Path) -> Iterator[subprocess.Popen]:
     """A process that writes `out`, row by row, and will need a while."""
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, verb.__name__, source, out, "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # ignored, and so inherited, where the tests were started in a shell's background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     partial, deadline = out.with_name(out.name + ".partial"), time.monotonic() + 60
     try:
         while not any(partial.glob("*.*tensors")) and not any(partial.glob("*.distcp")):
