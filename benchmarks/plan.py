@@ -163,20 +163,21 @@ def training_rate(plan: Plan) -> float:
 
 
 def published() -> list[Row]:
-    """Of RL steps the seconds; the tokens a second and GPU that were published say the same."""
+    """Of RL steps the seconds, and the tokens a second and GPU that were published with them."""
     rows = []
     dense, halves = ParallelConfig(tensor=4, pipeline=4, sequence=True), ParallelConfig(pipeline=2)
     mixture = ParallelConfig(expert=8)
-    for plan, seconds, is_fitted in (
-        (nemo_rl("Qwen3 32B", 32, dense, 4, (104, 3251)), 376, True),
-        (nemo_rl("Qwen3 32B", 32, dense, 4, (104, 3252), servers=8), 200, True),
-        (nemo_rl("Llama 8B", 16, halves, 1, (127, 1019), "full"), 92.8, False),
-        (nemo_rl("Llama 8B", 8, ParallelConfig(), 1, (127, 1123), "full", 8), 64.8, False),
-        (nemo_rl("Qwen3 30B-A3B", 32, mixture, 2, (100, 3196)), 198, False),
+    for plan, seconds, rate, is_fitted in (
+        (nemo_rl("Qwen3 32B", 32, dense, 4, (104, 3251)), 376, 571, True),
+        (nemo_rl("Qwen3 32B", 32, dense, 4, (104, 3252), servers=8), 200, 538, True),
+        (nemo_rl("Llama 8B", 16, halves, 1, (127, 1019), "full"), 92.8, 1581, False),
+        (nemo_rl("Llama 8B", 8, ParallelConfig(), 1, (127, 1123), "full", 8), 64.8, 2478, False),
+        (nemo_rl("Qwen3 30B-A3B", 32, mixture, 2, (100, 3196)), 198, 1066, False),
     ):
         kind = "GRPO, one step off" if plan.times.overlaps else "GRPO"
         name = f"NeMo-RL 0.5, {plan.config.model.path}, {plan.times.num_gpus} H100, {kind}"
         rows.append(Row(name, plan, "s a step", seconds, plan.times.total, is_fitted))
+        rows.append(Row(name, plan, "tokens/s/GPU", rate, plan.times.tokens_per_gpu, is_fitted))
     big = ParallelConfig(tensor=4, pipeline=8, virtual_pipeline=5, sequence=True)
     for plan, rate, is_fitted in (
         (bridge("Llama 8B", 8, ParallelConfig()), 14_451, False),

@@ -41,7 +41,8 @@ def logs(run_dir: Path, name: str, *, num_lines: int = 40, follow: bool = False)
         raise ValueError(f"{name} has not begun: no log in {folder}")
     read = {file: file.stat().st_size for file in files}
     for file in files[-2:]:  # the batch script's and the nodes'
-        said = file.read_bytes() if not follow else _whole_lines(file.read_bytes())
+        said = file.read_bytes()
+        said = _whole_lines(said) if follow else said
         read[file] = len(said)
         lines = said.decode(errors="replace").splitlines()[-num_lines:]
         print(f"==> {file}\n" + "\n".join(lines), flush=True)

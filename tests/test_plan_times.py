@@ -49,14 +49,10 @@ def planned(options: Config, num_gpus: int = 128, **known: float) -> Plan:
 
 
 def test_published_runs_take_what_was_published(benchmark: ModuleType) -> None:
-    """RL steps within 25%, training rates within 15%; tokens a second as seconds."""
-    rows = benchmark.published()
-    for row in rows:
+    """RL steps within 25%, training rates within 15%."""
+    for row in benchmark.published():
         limit = 0.15 if "training" in row.name else 0.25
         assert row.planned == pytest.approx(row.said, rel=limit), str(row)
-    qwen, llama = rows[0].plan.times, rows[2].plan.times
-    assert qwen.tokens_per_gpu == pytest.approx(571, rel=0.25)
-    assert llama.tokens_per_gpu == pytest.approx(1581, rel=0.25)
 
 
 def test_own_measurements_come_out_as_measured(benchmark: ModuleType) -> None:

@@ -12,7 +12,7 @@ from megatron_nft.plan.cards import Card
 from megatron_nft.plan.memory import GIB, Memory, cached_tokens, memory_of
 from megatron_nft.plan.parameters import Held, held_by_ranks
 from megatron_nft.plan.sampling import sampling_seconds
-from megatron_nft.plan.shape import samples
+from megatron_nft.plan.shape import has_engine
 from megatron_nft.plan.times import Times, times_of
 from megatron_nft.plan.workload import Workload
 
@@ -48,13 +48,9 @@ class Plan:
         return max(memory.peak for memory in self.ranks)
 
     @property
-    def has_engine(self) -> bool:
-        return samples(self.config) or bool(self.config.evaluate.sets)
-
-    @property
     def engine_fits(self) -> bool:
         """Whether an engine, here or in a server, can give one answer of the greatest length."""
-        return not self.has_engine or self.num_cached >= self.config.longest
+        return not has_engine(self.config) or self.num_cached >= self.config.longest
 
     @property
     def fits(self) -> bool:

@@ -14,7 +14,7 @@ from checkpoints_conversion.families import sizes_of
 from megatron_nft.config import Config
 from megatron_nft.plan.cards import CONTEXT_GIB, Card
 from megatron_nft.plan.parameters import Held
-from megatron_nft.plan.shape import bytes_of, has_colocated_engine, sequence_ranks
+from megatron_nft.plan.shape import bytes_of, has_engine, sequence_ranks
 from megatron_nft.policy.flops import layer_matmul_parameters
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def memory_of(
     """What one rank of a pipeline stage needs."""
     parallel, last = config.parallel, config.parallel.pipeline - 1
     bytes_each = bytes_of(config)
+    is_beside = config.rollout.engine == "colocated" and has_engine(config)
     tokens = longest_row(config) / parallel.context
     return Memory(
         stage=held.stage,
@@ -68,7 +69,7 @@ def memory_of(
         optimizer=_optimizer(config, held, num_ranks),
         activations=_activations(hf_config, config, held.stage, tokens, bytes_each),
         head=_head(hf_config, config, tokens) if held.stage == last else 0.0,
-        engine=_share(config, card) if has_colocated_engine(config) else 0.0,
+        engine=_share(config, card) if is_beside else 0.0,
         offloaded=config.memory.offload,
     )
 

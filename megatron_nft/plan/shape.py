@@ -25,9 +25,9 @@ def samples(config: Config) -> bool:
     return config.objective.name != "sft"
 
 
-def has_colocated_engine(config: Config) -> bool:
+def has_engine(config: Config) -> bool:
     """For rollouts, or for evaluations alone."""
-    return config.rollout.engine == "colocated" and (samples(config) or bool(config.evaluate.sets))
+    return samples(config) or bool(config.evaluate.sets)
 
 
 def is_within_node(config: Config, kind: str, num_gpus: int) -> bool:

@@ -10,6 +10,7 @@ from megatron_nft.plan.cards import CONTEXT_GIB
 from megatron_nft.plan.estimate import Plan
 from megatron_nft.plan.memory import GIB, engine_weights, memory_of
 from megatron_nft.plan.sampling import num_engines
+from megatron_nft.plan.shape import has_engine
 from megatron_nft.plan.suggest import RECOMPUTES
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def memory(hf_config: PretrainedConfig, plan: Plan) -> str:
     for name, row in rows.items():
         lines.append(f"{name:<24}" + "".join(f"{value / GIB:>10.1f}" for value in row))
     lines.append(_recomputes(hf_config, plan))
-    if plan.has_engine:
+    if has_engine(plan.config):
         lines.append(_engine_line(hf_config, plan))
     return "\n".join(lines)
 
