@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from checkpoints_conversion.families import sizes_of
+from checkpoints_conversion.families import family_of, sizes_of
 from megatron_nft.config import Config
 from megatron_nft.plan.cards import CONTEXT_GIB, Card
 from megatron_nft.plan.parameters import Held
-from megatron_nft.plan.shape import bytes_of, has_engine, sequence_ranks
+from megatron_nft.plan.shape import bytes_of, has_engine, kind_of, sequence_ranks
 from megatron_nft.policy.flops import layer_matmul_parameters
+from megatron_nft.policy.logprobs import MAX_CHUNK_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 GRADIENT_BYTES = 4  # float32, in Megatron's buffers
 GPU_CHUNK_CELLS = 2**28  # of logits at once: policy/logprobs.py
-CELL_BYTES = 4 + 2  # a chunk's logits in float32, their gradient in the weights' dtype
+CELL_BYTES = 4  # a chunk's logits in float32; their gradient is made in place
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,13 @@ class Memory:
     offloaded: bool
 
     @property
+    def allocated(self) -> float:
+        """By torch in training: all but the CUDA context and the allocator's gaps."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.head
+
+    @property
     def training(self) -> float:
-        parts = self.weights, self.gradients, self.optimizer, self.activations, self.head
-        return sum(parts) + CONTEXT_GIB * GIB
+        return self.allocated + CONTEXT_GIB * GIB
 
     @property
     def sampling(self) -> float:
@@ -67,7 +72,7 @@ def memory_of(
         weights=held.total * bytes_each,
         gradients=held.total * GRADIENT_BYTES,
         optimizer=_optimizer(config, held, num_ranks),
-        activations=_activations(hf_config, config, held.stage, tokens, bytes_each),
+        activations=_activations(hf_config, config, held.stage, tokens),
         head=_head(hf_config, config, tokens) if held.stage == last else 0.0,
         engine=_share(config, card) if is_beside else 0.0,
         offloaded=config.memory.offload,
@@ -100,17 +105,35 @@ def _optimizer(config: Config, held: Held, num_ranks: int) -> float:
 def layer_bytes_per_token(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> float:
     """What a layer keeps for backward of each token, with nothing computed again.
 
-    Inputs of the two norms and of the matrix products behind them; queries, keys and values before
-    and after their rotation; what attention gives; the gate, up and product of the MLP. Norms and
-    their outputs are shared out by sequence parallelism, the rest by tensor parallelism.
+    Inputs of the two norms and of the matrix products behind them; what attention takes, gives and
+    divided by; the gate, up and product of the MLP. Norms and their outputs are shared out by
+    sequence parallelism, the rest by tensor parallelism. Exact for `model.layers: torch`
+    (tests/test_plan_memory.py), and taken for Transformer Engine's too.
     """
     return _attention_part(hf_config, config, bytes_each) + _mlp_part(hf_config, config, bytes_each)
 
 
 def _attention_part(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> float:
-    sizes, parallel, shared = sizes_of(hf_config), config.parallel, sequence_ranks(config)
-    heads = (3 * sizes.queries + 4 * sizes.keys) / parallel.tensor
-    return bytes_each * (4 * sizes.hidden / shared + heads)
+    sizes, shared = sizes_of(hf_config), sequence_ranks(config)
+    heads = bytes_each * _attended(hf_config, config) + 4 * sizes.num_heads  # those in float32
+    return bytes_each * 4 * sizes.hidden / shared + heads / config.parallel.tensor
+
+
+def _attended(hf_config: PretrainedConfig, config: Config) -> float:
+    """Numbers of all heads that attention keeps of a token: its own and their first forms.
+
+    Queries, keys and values come in one tensor, which is kept as long as one of them is.
+    """
+    sizes, parallel = sizes_of(hf_config), config.parallel
+    both, as_they_came = 2 * sizes.queries, sizes.queries + 2 * sizes.keys  # queries and outputs
+    has_norms = family_of(hf_config).options(hf_config).get("qk_layernorm", False)
+    # queries that lie apart, group by group, are copied for their norm
+    copied = sizes.queries if has_norms and sizes.num_kv_heads > parallel.tensor else 0
+    if parallel.context == 1 or kind_of(config) != "torch":
+        return both + as_they_came + sizes.keys + copied
+    # gathered from all ranks, those that each of a rank's two chunks of a sequence sees
+    gathered = 2 * sizes.keys * (parallel.context + 0.5)
+    return both + gathered + (as_they_came + copied if has_norms else 0)
 
 
 def _mlp_part(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> float:
@@ -122,31 +145,37 @@ def _mlp_part(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> f
     return bytes_each * chosen * (3 * sizes.ffn + 2 * sizes.hidden)
 
 
-def _activations(
-    hf_config: PretrainedConfig, config: Config, stage: int, tokens: float, bytes_each: int
-) -> float:
-    """Of all micro-batches that a stage holds at once: the first one the most of them."""
-    parallel, sizes = config.parallel, sizes_of(hf_config)
+def kept_and_once(hf_config: PretrainedConfig, config: Config) -> tuple[float, float]:
+    """Bytes of a token: what each layer keeps for backward, and what one that is computed again
+    holds besides, meanwhile.
+    """
+    bytes_each = bytes_of(config)
     whole = layer_bytes_per_token(hf_config, config, bytes_each)
     if config.memory.recompute == "full":
-        kept, once = bytes_each * sizes.hidden / sequence_ranks(config), whole
-    elif config.memory.recompute == "selective" and "mlp" in config.memory.recompute_modules:
+        return bytes_each * sizes_of(hf_config).hidden / sequence_ranks(config), whole
+    if config.memory.recompute == "selective" and "mlp" in config.memory.recompute_modules:
         part = _mlp_part(hf_config, config, bytes_each)
-        kept, once = whole - part, part
-    else:
-        kept, once = whole, 0.0
+        return whole - part, part
+    return whole, 0.0
+
+
+def _activations(hf_config: PretrainedConfig, config: Config, stage: int, tokens: float) -> float:
+    """Of all micro-batches that a stage holds at once: the first one the most of them."""
+    parallel = config.parallel
+    kept, once = kept_and_once(hf_config, config)
     num_held = parallel.pipeline - stage
     if parallel.virtual_pipeline > 1:
         # the interleaved schedule: (p − 1) / v micro-batches more than p on the first stage
         num_held += (parallel.pipeline - 1) / parallel.virtual_pipeline
-    num_layers = sizes.num_layers / parallel.pipeline
+    num_layers = sizes_of(hf_config).num_layers / parallel.pipeline
     return tokens * (num_held * num_layers * kept + once)
 
 
 def _head(hf_config: PretrainedConfig, config: Config, tokens: float) -> float:
+    """A chunk's logits, and the states that predict, with their gradient: policy/logprobs.py."""
     rows = hf_config.vocab_size / config.parallel.tensor
-    cells = min(GPU_CHUNK_CELLS, rows * tokens)
-    return cells * CELL_BYTES + tokens * hf_config.hidden_size * 4
+    cells = min(GPU_CHUNK_CELLS, rows * min(tokens, MAX_CHUNK_TOKENS))
+    return cells * CELL_BYTES + tokens * hf_config.hidden_size * 2 * bytes_of(config)
 
 
 def num_parameters(hf_config: PretrainedConfig) -> float:
