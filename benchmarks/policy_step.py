@@ -10,6 +10,7 @@ step          Policy.update, all of it; old logp: Policy.logp
 TFLOP         the model's, by megatron_nft/policy/flops.py: a step is three forward passes, the head
               counts for response tokens alone, and nothing counts twice that is computed again
 MFU           TFLOP/s over the rate of a large matrix product in --dtype, measured in this run
+planned GiB   what `megatron-nft plan` says of the step's peak, of what torch allocates
 × products    the time over that of the products with all weights, back to back, attention left out
 
 Figures are per device and medians. Parts are the first rank's and exclude each other: in a step the
@@ -36,32 +37,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from shapes import SEED, SHAPES, fill, hf_config, workload
 
 from megatron_nft.config import Config, ParallelConfig
+from megatron_nft.plan.cards import CARDS
+from megatron_nft.plan.memory import GIB, Memory, memory_of
+from megatron_nft.plan.parameters import Held
 from megatron_nft.policy import host, packing, parallel
-from megatron_nft.policy.balance import deal
 from megatron_nft.policy.flops import forward_flops, layer_matmul_parameters
 from megatron_nft.policy.logprobs import CHUNK_CELLS
 from megatron_nft.policy.optimizer import add_up_gradients
 from megatron_nft.policy.step import Policy
 
-FIELDS = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-FIELDS += ["num_key_value_heads", "vocab_size", "tie_word_embeddings"]
-SHAPES = {
-    "toy": (64, 128, 2, 4, 2, 512, False),
-    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
-    "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
-    "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
-}
 STEP, OLD_LOGP = "step", "old logp"
 GOALS = (("torch", STEP, 0.50), ("te", STEP, 0.55), ("any", OLD_LOGP, 0.60))  # MFU of 7B
 PARTS = "packing", "layers", "head", "objective", "backward", "reduction", "optimizer", "rest"
 NAMES = "kind", "FP8", "recompute", "tokens", "pass"
 FIGURES = ["layers", "micro-batches", "tokens/s", "TFLOP", "TFLOP/s", "MFU", "of --peak"]
-FIGURES += ["× products", "peak GiB", "s"]
+FIGURES += ["× products", "peak GiB", "planned GiB", "s"]
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # where torchrun sets nothing
 ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-SEED, WARM_UP, SIGMA = 0, 2, 0.8  # WARM_UP turns; SIGMA of the logarithm of the lengths
+WARM_UP = 2  # turns
 
 
 @dataclass(frozen=True)
@@ -83,6 +79,8 @@ class Case:
             model=replace(base.model, dtype=args.dtype, layers=layers),
             memory=replace(base.memory, recompute=self.recompute),
             optimizer=replace(base.optimizer, tokens_per_microbatch=self.tokens),
+            data=replace(base.data, max_prompt_tokens=1),  # longest: what a row has room for
+            rollout=replace(base.rollout, max_response_tokens=self.tokens - 1),
         )
 
 
@@ -96,20 +94,10 @@ class Measured:
     num_tokens: float
     tflop: float
     floor_s: float  # of the products alone
+    planned_gib: float | None
     seconds: float
     peak_gib: float
     parts: dict[str, float]  # seconds
-
-
-def hf_config(model: str) -> SimpleNamespace:
-    """What the policy reads of a Hugging Face configuration."""
-    return SimpleNamespace(
-        architectures=["Qwen2ForCausalLM"],
-        rms_norm_eps=1e-6,
-        max_position_embeddings=32_768,
-        rope_parameters={"rope_theta": 1e6, "rope_type": "default"},
-        **dict(zip(FIELDS, SHAPES[model], strict=True)),
-    )
 
 
 def timed(part: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,49 +149,30 @@ class TimedPolicy(Policy):
         return found
 
 
-@torch.no_grad()
-def fill(chunks: Sequence[torch.nn.Module]) -> None:
-    for name, weight in (pair for chunk in chunks for pair in chunk.named_parameters()):
-        weight.normal_(std=0.02) if weight.dim() > 1 else weight.fill_("norm" in name)
-
-
-def workload(case: Case, num_ranks: int, args: argparse.Namespace) -> list[packing.Sequence]:
-    """As many random sequences as fit into every rank's micro-batches, a tenth of each a prompt."""
-    random, vocab_size = np.random.default_rng(SEED), hf_config(case.model).vocab_size
-    sequences: list[packing.Sequence] = []
-    while True:
-        drawn = random.lognormal(np.log(args.mean) - SIGMA**2 / 2, SIGMA)
-        length = int(np.clip(drawn, 2, case.tokens))  # one more token is only predicted
-        tokens = random.integers(0, vocab_size, length + 1).astype(np.int32)
-        prompt, response = np.split(tokens, [max(1, length // 10)])
-        logp, correct = np.zeros(len(response), np.float32), random.random() < 0.5
-        more = [*sequences, packing.Sequence(prompt, response, logp, logp, correct, 0.5)]
-        if len(deal([s.num_tokens for s in more], num_ranks, case.tokens)[0]) > args.micro_batches:
-            return sequences
-        sequences = more
-
-
 def layers_that_fit(case: Case, config: Config) -> int:
-    """Layers of all pipeline stages, by an estimate.
-
-    A parameter takes 18 bytes in bf16 (weight 2, gradient 4, main weight 4, moments 8), 16 in
-    float32; 2 more with FP8's copies, and for torch's AdamW 4 more once activations are gone.
-    """
+    """Layers of all pipeline stages, by the plan; FP8 has copies of the weights besides."""
     hf, ranks = hf_config(case.model), config.parallel
-    size = 2 if config.model.dtype == "bfloat16" else 4
-    each = (18 if size == 2 else 16) + (2 if case.fp8 != "off" else 0)
-    whole = 8 * hf.hidden_size + 5 * hf.intermediate_size  # values a token, heads not grouped
-    kept = {"none": whole, "selective": 8 * hf.hidden_size, "full": hf.hidden_size}[case.recompute]
-    weights, row = layer_matmul_parameters(hf), size * case.tokens
-    layer = max(each * weights + row * ranks.pipeline * kept, (each + 4) * weights) / ranks.tensor
-    num_ends = 1 if hf.tie_word_embeddings or ranks.pipeline > 1 else 2
-    ends = (each + 4) * num_ends * hf.hidden_size * hf.vocab_size / ranks.tensor
-    passing = row * 2 * whole + 6 * min(CHUNK_CELLS, case.tokens * hf.vocab_size)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / dist.get_world_size() / 2
     if host.has_cuda():
-        memory = 0.9 * torch.cuda.mem_get_info()[1]
-    fitting = int((memory - ends - passing) / layer)
-    return max(1, min(fitting, hf.num_hidden_layers // ranks.pipeline)) * ranks.pipeline
+        memory = 0.8 * torch.cuda.mem_get_info()[1]
+    num_tables = 1 if hf.tie_word_embeddings or ranks.pipeline > 1 else 2
+    tables = num_tables * hf.hidden_size * hf.vocab_size
+    copies = 2 if case.fp8 != "off" else 0  # bytes a parameter
+    for number in range(hf.num_hidden_layers // ranks.pipeline, 1, -1):
+        hf.num_hidden_layers = number * ranks.pipeline
+        held = (number * layer_matmul_parameters(hf) + tables) // ranks.tensor
+        planned = planned_memory(hf, config, held)
+        # torch's AdamW makes roots of second moments, once activations are gone
+        roots = max(0, 4 * held - planned.activations - planned.head)
+        if planned.allocated + roots + copies * held <= memory:
+            return hf.num_hidden_layers
+    return ranks.pipeline
+
+
+def planned_memory(hf: SimpleNamespace, config: Config, num_parameters: int) -> Memory:
+    """Of this rank in a step, on any card."""
+    held = Held(parallel_state.get_pipeline_model_parallel_rank(), num_parameters, expert=0)
+    return memory_of(hf, config, held, dist.get_world_size(), CARDS["h200"])
 
 
 def seconds(call: Callable[[], Any]) -> float:
@@ -257,7 +226,8 @@ def measure(case: Case, args: argparse.Namespace) -> list[Measured]:
     hf.num_hidden_layers = args.layers or layers_that_fit(case, config)
     say(f"{case}: {hf.num_hidden_layers} layers", file=sys.stderr)
     num_ranks = parallel_state.get_data_parallel_world_size()
-    sequences = workload(case, num_ranks, args)
+    rows = case.tokens, args.mean, num_ranks, args.micro_batches
+    sequences = workload(hf.vocab_size, *rows)
     lengths, num_predicted = zip(*((s.num_tokens, len(s.response)) for s in sequences), strict=True)
     policy = TimedPolicy(config, hf)
     bins = policy._bins(sequences)[parallel_state.get_data_parallel_rank()]
@@ -268,10 +238,12 @@ def measure(case: Case, args: argparse.Namespace) -> list[Measured]:
     step, old_logp = partial(policy.update, sequences, 1e-6), partial(policy.logp, sequences)
     tflop = 1e-12 * forward_flops(hf, lengths, sum(num_predicted)) / num_devices
     counts = hf.num_hidden_layers, len(rows), sum(lengths) / num_devices
+    num_parameters = sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
+    planned = planned_memory(hf, config, num_parameters).allocated / GIB
     found = []
-    for what, call, passes in (STEP, step, 3), (OLD_LOGP, old_logp, 1):
+    for what, call, passes, gib in (STEP, step, 3, planned), (OLD_LOGP, old_logp, 1, None):
         timing = time_pass(policy, call, args.repeats)
-        found.append(Measured(what, *counts, passes * tflop, floors[what], *timing))
+        found.append(Measured(what, *counts, passes * tflop, floors[what], gib, *timing))
     if args.profile:
         profile(step, args.profile)
     return found
@@ -288,7 +260,7 @@ def time_pass(
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10  # of the process until now
     if host.has_cuda():
         peak = torch.cuda.max_memory_allocated()
-    return float(np.median([total for total, _ in turns])), peak / 2**30, parts
+    return float(np.median([total for total, _ in turns])), peak / GIB, parts
 
 
 def profile(call: Callable[[], Any], path: str) -> None:
@@ -317,7 +289,8 @@ def report(found: dict[Case, list[Measured]], rate: float, peak: float | None) -
             cells = [m.num_layers, m.num_micro_batches, f"{m.num_tokens / m.seconds:,.0f}"]
             cells += [f"{m.tflop:.5g}", f"{speed:.4g}", f"{speed / rate:.1%}"]
             cells += [f"{speed / peak:.1%}" if peak else "", f"{m.seconds / m.floor_s:.2f}"]
-            figures.append([*name, m.what, *cells, f"{m.peak_gib:.2f}", f"{m.seconds:.4g}"])
+            cells += [f"{m.peak_gib:.2f}", f"{m.planned_gib:.2f}" if m.planned_gib else ""]
+            figures.append([*name, m.what, *cells, f"{m.seconds:.4g}"])
             shares = (f"{s:.3g} s, {s / whole:.1%}" for s in m.parts.values())
             parts.append([*name, m.what, *shares])
     return f"{markdown(figures)}\n\n{markdown(parts)}\n"

@@ -1,11 +1,10 @@
 """The end-to-end benchmark runs at toy size, and its models answer as it says."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
+import pupil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -14,13 +13,6 @@ from megatron_nft.arithmetic import make_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 LEAST_TOKENS, MOST_TOKENS = 4, 28  # of an answer, all lengths equally likely
-
-
-def pupil() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("pupil", BENCHMARKS / "pupil.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def tables(printed: str) -> list[dict[str, str]]:
@@ -44,7 +36,7 @@ def test_a_grown_model_gives_the_same_log_probabilities(tmp_path: Path) -> None:
     small = Qwen2ForCausalLM(config)
     small.save_pretrained(tmp_path / "small")
     make_tokenizer().save_pretrained(tmp_path / "small")
-    pupil().grow(tmp_path / "small", tmp_path / "large", 96, 200, 5)
+    pupil.grow(tmp_path / "small", tmp_path / "large", 96, 200, 5)
     large = AutoModelForCausalLM.from_pretrained(tmp_path / "large")
     assert large.num_parameters() > 10 * small.num_parameters()
     tokens = torch.randint(32, (4, 20))

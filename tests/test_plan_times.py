@@ -1,13 +1,11 @@
 """A plan's seconds: against what was published, against arithmetic by hand, and what must hold."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import plan as benchmark
 import pytest
 from test_plan import QWEN_30B_A3B, QWEN_32B, config
 
@@ -30,39 +28,28 @@ from megatron_nft.plan.suggest import changes, faster_sampling, largest_fraction
 from megatron_nft.plan.workload import Workload, workload_of
 
 H100 = CARDS["h100"]
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "plan.py"
 LAYOUT = {"tensor": 8, "sequence": True}
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plan_benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["plan_benchmark"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def planned(options: Config, num_gpus: int = 128, **known: float) -> Plan:
     return plan_for(QWEN_32B, options, num_gpus, H100, workload_of(options, **known))
 
 
-def test_published_runs_take_what_was_published(benchmark: ModuleType) -> None:
+def test_published_runs_take_what_was_published() -> None:
     """RL steps within 25%, training rates within 15%."""
     for row in benchmark.published():
         limit = 0.15 if "training" in row.name else 0.25
         assert row.planned == pytest.approx(row.said, rel=limit), str(row)
 
 
-def test_own_measurements_come_out_as_measured(benchmark: ModuleType) -> None:
+def test_own_measurements_come_out_as_measured() -> None:
     """Half a billion parameters wait for the host, whose own time is hardly modelled."""
     for row in benchmark.own():
         limit = 0.25 if "0.5B" in row.name else 0.12
         assert row.planned == pytest.approx(row.said, rel=limit), str(row)
 
 
-def test_a_row_says_how_far_off_it_is_and_what_was_fitted_to(benchmark: ModuleType) -> None:
+def test_a_row_says_how_far_off_it_is_and_what_was_fitted_to() -> None:
     made = planned(config(**LAYOUT))
     shown = str(benchmark.Row("a run", made, "s a step", 200.0, 150.0, True))
     assert shown.split() == ["a", "run", "s", "a", "step", "200", "150", "-25%", "fitted", "to"]

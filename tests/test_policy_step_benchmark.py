@@ -1,12 +1,11 @@
 """The throughput benchmark runs on any host, and counts the work that the formula says."""
 
-import importlib.util
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from shapes import workload
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "policy_step.py"
 TOKENS, MICRO_BATCHES, MEAN = 96, 2, 30.0
@@ -16,6 +15,7 @@ ISOLATED = f"""
 import runpy, sys
 sys.modules.update(dict.fromkeys({FORBIDDEN}))  # to import one of them is an error
 sys.argv = sys.argv[1:]
+sys.path.insert(0, {str(SCRIPT.parent)!r})
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -29,13 +29,7 @@ def tables(printed: str) -> list[list[dict[str, str]]]:
 
 def forward_tflop() -> tuple[float, int]:
     """Of the script's sequences, and their tokens: 2 a weight and token, 4 a channel and pair."""
-    spec = importlib.util.spec_from_file_location("policy_step", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = script
-    spec.loader.exec_module(script)
-    args = Namespace(micro_batches=MICRO_BATCHES, mean=MEAN)
-    case = script.Case("toy", "torch", "off", "none", TOKENS)
-    sequences = script.workload(case, 1, args)
+    sequences = workload(VOCABULARY, TOKENS, MEAN, 1, MICRO_BATCHES)
     lengths = [len(s.prompt) + len(s.response) - 1 for s in sequences]
     layer = HIDDEN * HIDDEN * (2 + 2 * KV_HEADS / HEADS) + 3 * HIDDEN * INTERMEDIATE
     flops = 2 * LAYERS * layer * sum(lengths)
@@ -65,6 +59,7 @@ def test_a_toy_is_measured_with_torch_and_megatron_core_alone() -> None:
         assert tokens_per_second == pytest.approx(num_tokens / seconds, rel=1e-2)
         assert 0 < float(row["MFU"].rstrip("%")) < 100
         assert 0.05 < float(row["peak GiB"]) < 8
+        assert bool(row["planned GiB"]) is (num_passes == 3)
         assert float(row["× products"]) > 0
 
     seconds_of = [{k: float(v.split()[0]) for k, v in r.items() if " s, " in v} for r in parts]
