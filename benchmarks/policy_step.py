@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from shapes import SEED, SHAPES, fill, hf_config, workload
+from shapes import SHAPES, fill, hf_config, start, workload
 
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.plan.cards import CARDS
@@ -55,8 +55,6 @@ PARTS = "packing", "layers", "head", "objective", "backward", "reduction", "opti
 NAMES = "kind", "FP8", "recompute", "tokens", "pass"
 FIGURES = ["layers", "micro-batches", "tokens/s", "TFLOP", "TFLOP/s", "MFU", "of --peak"]
 FIGURES += ["× products", "peak GiB", "planned GiB", "s"]
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # where torchrun sets nothing
-ALONE |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 WARM_UP = 2  # turns
 
 
@@ -343,8 +341,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    os.environ.update({key: value for key, value in ALONE.items() if key not in os.environ})
-    parallel.initialize(args.layout, SEED)
+    start(args.layout)
     rate, on_cuda = matmul_rate(getattr(torch, args.dtype)), host.has_cuda()
     device = torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads"
     say(f"{dist.get_world_size()} × {device}, torch {torch.__version__}: ", end="")

@@ -1,23 +1,33 @@
 """Qwen2.5's shapes, random weights and random sequences: what benchmarks run that need no model."""
 
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 
-from megatron_nft.policy import packing
+from megatron_nft.config import ParallelConfig
+from megatron_nft.policy import packing, parallel
 from megatron_nft.policy.balance import deal
 
 FIELDS = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 FIELDS += ["num_key_value_heads", "vocab_size", "tie_word_embeddings"]
 SHAPES = {
-    "toy": (64, 128, 2, 4, 2, 512, False),
+    "toy": (128, 256, 2, 4, 2, 512, False),
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "7B": (3584, 18_944, 28, 28, 4, 152_064, False),
     "32B": (5120, 27_648, 64, 40, 8, 152_064, False),
 }
 SEED, SIGMA = 0, 0.8  # SIGMA of the logarithm of the lengths
+
+
+def start(layout: ParallelConfig) -> None:
+    """Join torchrun's processes, or be the only one."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ.update({key: value for key, value in alone.items() if key not in os.environ})
+    parallel.initialize(layout, SEED)
 
 
 def hf_config(model: str) -> SimpleNamespace:

@@ -46,11 +46,20 @@ class Item:
         return is_expert, self.home.stage, self.home.expert_rank if is_expert else 0
 
 
-@torch.no_grad()
 def stream(
     chunks: Sequence[GPTModel], hf_config: PretrainedConfig, bucket_bytes: int = BUCKET_BYTES
 ) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the live model; see stream_of."""
+    return stream_of(named_parameters(chunks), hf_config, bucket_bytes)
+
+
+@torch.no_grad()
+def stream_of(
+    parameters: dict[str, Tensor], hf_config: PretrainedConfig, bucket_bytes: int = BUCKET_BYTES
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) layer by layer, a layer's in its table's order, on every rank.
+
+    Of all parameters by the names that live.named_parameters gives them, or of their gradients.
 
     Collective: all ranks of the tensor-, pipeline- and expert-parallel groups iterate together, to
     the end. Parameters are gathered in buckets of at most `bucket_bytes` of whole tensors (a larger
@@ -59,7 +68,6 @@ def stream(
     lives as long as any of them.
     """
     sizes = sizes_of(hf_config)
-    parameters = named_parameters(chunks)
     homes = _homes(parameters)
     like = next(iter(parameters.values())).detach()  # all have one dtype and one device
     items = [

@@ -9,7 +9,7 @@ from shapes import workload
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "policy_step.py"
 TOKENS, MICRO_BATCHES, MEAN = 96, 2, 30.0
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 64, 128, 2, 4, 2, 512
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 128, 256, 2, 4, 2, 512
 FORBIDDEN = ("transformers", "safetensors", "omegaconf", "vllm")
 ISOLATED = f"""
 import runpy, sys

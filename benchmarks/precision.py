@@ -1,0 +1,262 @@
+"""What numbers of fewer bits do to log-probabilities, to gradients and to what is learnt.
+
+    .venv/bin/python benchmarks/precision.py --shape 7B --layers 8       # a GPU
+    .venv/bin/python benchmarks/precision.py --shape toy                 # a CPU host
+    .venv/bin/python benchmarks/precision.py --parts learning --kinds bfloat16 tensorwise
+
+errors     one random model (--model DIR: a real one) and the same sequences in every kind: |Δlogp|
+           of tokens, and the gradient of NFT's loss, on-policy, all parameters as one vector: its
+           distance from float32's relative to that, its cosine with it, the same against bf16's,
+           and the worst of the single parameters (one with hardly any norm counts with 1% of all's)
+imitation  the demo's cold start for --steps steps, from the same random weights: the mean loss of
+           the last tenth. Needs no engine
+learning   the demo's second half for --steps steps, all from one cold start: held-out accuracy
+           (avg@8 of 128 sums) before, at its best and at the end, and what trainer and engine
+           differ by
+
+Kinds: float32 and bfloat16 are our layers of torch; te is Transformer Engine's in bf16, tensorwise
+and blockwise its FP8; fp8-rollouts trains as bfloat16 does and samples from an engine in FP8. By
+default all that this host can run.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")  # before TE is imported
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import numpy as np
+import torch
+from policies import policy_of
+from reference import distance, worst
+from shapes import SHAPES, start, workload
+from strangers import write_model
+
+from checkpoints_conversion.live import named_parameters
+from checkpoints_conversion.stream import stream_of
+from megatron_nft import demo, recipe
+from megatron_nft.config import Config, ParallelConfig
+from megatron_nft.metrics import Record, read_metrics
+from megatron_nft.policy import host, parallel
+
+PARTS = ("errors", "imitation", "learning")
+HYBRID = ["fp8.format=hybrid", "fp8.recipe=tensorwise"]
+BF16, TE = ["model.dtype=bfloat16"], ["model.layers=transformer_engine"]
+KINDS = {
+    "float32": ["model.dtype=float32", "model.layers=torch"],
+    "bfloat16": [*BF16, "model.layers=torch"],
+    "te": [*BF16, *TE],
+    "tensorwise": [*BF16, *TE, *HYBRID],
+    "blockwise": [*BF16, *TE, "fp8.format=e4m3", "fp8.recipe=blockwise"],
+    "fp8-rollouts": [*BF16, "model.layers=torch", "rollout.quantization=fp8"],
+}
+OF_TE = ("te", "tensorwise", "blockwise")
+EXACT, BASE = "float32", "bfloat16"  # what errors are relative to
+Gradient = dict[str, np.ndarray]
+
+
+def main() -> None:
+    args = arguments()
+    with tempfile.TemporaryDirectory() as name:
+        for part in args.parts:
+            globals()[part](args, Path(name) / part)
+
+
+# errors
+
+
+def errors(args: argparse.Namespace, folder: Path) -> None:
+    path = args.model or random_model(args, folder)
+    kinds = [kind for kind in dict.fromkeys((EXACT, BASE, *args.kinds)) if kind != "fp8-rollouts"]
+    start(ParallelConfig())
+    found: dict[str, tuple[np.ndarray, Gradient]] = {}
+    print(f"\n## Errors: {args.model or f'{args.shape}, random'}, {device()}\n")
+    columns = "", "mean |Δlogp|", "max", "gradient off by", "cosine", "worst parameter"
+    columns += ("off bf16's by", "mean |Δlogp| from bf16's")
+    table_head([column.replace("|", "\\|") for column in columns])
+    for kind in kinds:
+        own = measured(config_of(kind, path, args), args)
+        if kind in (EXACT, BASE):
+            found[kind] = own
+        row(kind, *compared(own, found[EXACT]), *against_base(own, found.get(BASE)))
+    parallel.finalize()
+
+
+def random_model(args: argparse.Namespace, folder: Path) -> Path:
+    layers = args.layers or SHAPES[args.shape][2]
+    return write_model(folder, args.shape, layers, None, torch.float32)
+
+
+def config_of(kind: str, path: Path, args: argparse.Namespace) -> Config:
+    overrides = [f"model.path={path}", "parallel.tensor=1", "rollout.max_response_tokens=42"]
+    config = recipe.load(demo.RECIPES / "demo.yaml", [*overrides, *KINDS[kind]])
+    options = {"tokens_per_microbatch": args.tokens, "clip_norm": 1e30}  # gradients as they are
+    return replace(config, optimizer=replace(config.optimizer, **options))
+
+
+def measured(config: Config, args: argparse.Namespace) -> tuple[np.ndarray, Gradient]:
+    """Log-probabilities of all tokens and the gradient, by Hugging Face names."""
+    policy = policy_of(config)
+    rows = args.tokens, args.mean, 1, args.micro_batches
+    sequences = workload(policy.hf_config.vocab_size, *rows)
+    logps = policy.logp(sequences)
+    policy.update(
+        [replace(s, old_logp=logp) for s, logp in zip(sequences, logps, strict=True)], lr=0.0
+    )
+    gradients = {n: p.main_grad for n, p in named_parameters(policy.chunks).items()}
+    streamed = stream_of(gradients, policy.hf_config)
+    found = {name: tensor.float().cpu().numpy().copy() for name, tensor in streamed}
+    del policy, gradients
+    torch.cuda.empty_cache()
+    return np.concatenate(logps), found
+
+
+def compared(own: tuple[np.ndarray, Gradient], exact: tuple[np.ndarray, Gradient]) -> list[str]:
+    off, gradient = np.abs(own[0] - exact[0]), own[1]
+    distances = distance(gradient, exact[1]), worst(gradient, exact[1])
+    both = (f"{off.mean():.2e}", f"{off.max():.2e}", f"{distances[0]:.2e}")
+    return [*both, f"{cosine(gradient, exact[1]):.6f}", f"{distances[1]:.2e}"]
+
+
+def against_base(own: tuple[np.ndarray, Gradient], base: Any) -> list[str]:
+    if base is None:
+        return ["", ""]
+    return [f"{distance(own[1], base[1]):.2e}", f"{np.abs(own[0] - base[0]).mean():.2e}"]
+
+
+def cosine(a: Gradient, b: Gradient) -> float:
+    dot, of_a, of_b = (
+        sum(float(np.vdot(x[n].astype(np.float64), y[n])) for n in b)
+        for x, y in ((a, b), (a, a), (b, b))
+    )
+    return dot / (of_a * of_b) ** 0.5
+
+
+# imitation, learning
+
+
+def imitation(args: argparse.Namespace, folder: Path) -> None:
+    demo.make_task(folder, args.seed)
+    print(f"\n## The demo's cold start, {args.steps} steps, seed {args.seed}, {device()}\n")
+    table_head(["", "first loss", "last loss", "gradient norm", "s a step"])
+    for kind in (kind for kind in args.kinds if kind != "fp8-rollouts"):
+        overrides = [f"rollouts={args.steps}", "evaluate.sets=[]", "evaluate.stop_at_accuracy=0"]
+        overrides += [*KINDS[kind], f"model.path={folder / 'model'}"]
+        overrides += [f"data.train[0].path={folder / 'data' / 'demonstrations.jsonl'}"]
+        found = run("demo-cold-start.yaml", folder / f"imitation-{kind}", overrides, args)
+        last = found[-max(1, len(found) // 10) :]
+        losses = found[0]["loss"], mean(r["loss"] for r in last)
+        norm = mean(r["grad_norm"] for r in last)
+        row(kind, *(f"{x:.4f}" for x in (*losses, norm)), f"{seconds(found):.3f}")
+
+
+def learning(args: argparse.Namespace, folder: Path) -> None:
+    start = cold_start(args, folder)
+    print(f"\n## NFT on the demo's task, seed {args.seed}, {device()}\n")
+    columns = "", "steps", "before", "best", "end", "mean |Δlogp|", "largest mean", "s a rollout"
+    table_head([column.replace("|", "\\|") for column in columns])
+    key = "eval/heldout/accuracy"
+    for kind in args.kinds:
+        config = recipe.load(demo.RECIPES / "demo.yaml", [])
+        per_rollout = config.rollout.questions // config.optimizer.questions_per_minibatch
+        overrides = [f"rollouts={-(-args.steps // per_rollout)}", "evaluate.stop_at_accuracy=0"]
+        overrides += [*KINDS[kind], *paths(folder, "train"), f"model.path={start}"]
+        found = run("demo.yaml", folder / f"learning-{kind}", overrides, args)
+        accuracies = [r[key] for r in found if key in r]
+        deltas = [r["logp_delta_mean"] for r in found if "logp_delta_mean" in r]
+        shares = (f"{x:.1%}" for x in (accuracies[0], max(accuracies), accuracies[-1]))
+        off = (f"{mean(deltas):.1e}", f"{max(deltas):.1e}")
+        row(kind, str(found[-1]["step"]), *shares, *off, f"{seconds(found):.2f}")
+
+
+def cold_start(args: argparse.Namespace, folder: Path) -> Path:
+    """The model that every kind begins with, in float32."""
+    if args.demo:
+        demo.make_task(folder, args.seed)
+        return args.demo / "cold-start" / "hf"
+    demo.make_task(folder, args.seed)
+    overrides = [*paths(folder, "demonstrations"), f"model.path={folder / 'model'}"]
+    run("demo-cold-start.yaml", folder / "cold-start", overrides, args)
+    return folder / "cold-start" / "hf"
+
+
+def paths(folder: Path, data: str) -> list[str]:
+    return [
+        f"data.train[0].path={folder / 'data' / f'{data}.jsonl'}",
+        f"evaluate.sets[0].path={folder / 'data' / 'heldout.jsonl'}",
+    ]
+
+
+def run(name: str, out: Path, overrides: Sequence[str], args: argparse.Namespace) -> list[Record]:
+    """A run's records; what it says is shown where it fails."""
+    overrides = [*overrides, f"run_dir={out}", f"seed={args.seed}", "parallel.tensor=1"]
+    overrides += [f"parallel.num_processes={args.processes}", "logging.tensorboard=false"]
+    overrides += ["checkpoint.every=0", "checkpoint.check_export=false"]
+    command = [sys.executable, "-m", "megatron_nft", "train", str(demo.RECIPES / name), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return read_metrics(out)
+
+
+def seconds(found: Sequence[Record]) -> float:
+    """Of a rollout, the median."""
+    spent = [sum(v for k, v in r.items() if k.startswith("seconds/")) for r in found]
+    return float(np.median([s for s in spent if s]))
+
+
+# tables
+
+
+def table_head(columns: Sequence[str]) -> None:
+    print("| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1), flush=True)
+
+
+def row(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def device() -> str:
+    name = torch.cuda.get_device_name() if host.has_cuda() else "CPU"
+    return f"{name}, torch {torch.__version__}"
+
+
+def kinds_here() -> list[str]:
+    has_te = host.has_cuda() and find_spec("transformer_engine") is not None
+    can: dict[str, Callable[[], bool]] = dict.fromkeys(OF_TE, lambda: has_te)
+    can["fp8-rollouts"] = lambda: host.has_cuda() and find_spec("vllm") is not None
+    return [kind for kind in KINDS if can.get(kind, lambda: True)()]
+
+
+def arguments() -> argparse.Namespace:
+    on_cuda = host.has_cuda()
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=["errors", "imitation"])
+    add("--kinds", nargs="+", choices=KINDS, default=kinds_here())
+    add("--shape", choices=SHAPES, default="7B" if on_cuda else "toy", help="of errors' model")
+    add("--layers", type=int, default=8 if on_cuda else None, help="of errors' model")
+    add("--model", type=Path, help="a Hugging Face directory, for errors")
+    add("--tokens", type=int, default=16_384 if on_cuda else 512, help="errors' micro-batches")
+    add("--micro-batches", type=int, default=2, help="of errors")
+    add("--mean", type=float, default=1000 if on_cuda else 100, help="tokens of a sequence")
+    add("--steps", type=int, default=200, help="of imitation and learning")
+    add("--seed", type=int, default=0)
+    add("--demo", type=Path, help="a directory with the demo's cold start, for learning")
+    processes = 1 if on_cuda else len(os.sched_getaffinity(0))
+    add("--processes", type=int, default=processes, help="of imitation and learning")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
