@@ -44,12 +44,11 @@ def test_a_loop_of_strangers_is_measured() -> None:
 @pytest.mark.processes
 def test_errors_of_bfloat16_are_measured() -> None:
     words = "--parts", "errors", "imitation", "--steps", "10", "--shape", "toy"
-    errors, imitation = tables(printed("precision.py", *words, "--kinds", "float32", "bfloat16"))
+    errors, imitation = tables(printed("precision.py", *words, "--kinds", "bfloat16"))
     exact, rounded = errors
     assert float(exact["mean ¦Δlogp¦"]) == float(exact["gradient off by"]) == 0
     assert 1e-4 < float(rounded["mean ¦Δlogp¦"]) < 1e-2
     assert 1e-3 < float(rounded["gradient off by"]) < 3e-2
     assert 0.999 < float(rounded["cosine"]) < 1
-    losses = [float(row["last loss"]) for row in imitation]
-    assert losses[0] < float(imitation[0]["first loss"])
-    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+    [learnt] = imitation
+    assert float(learnt["last loss"]) < float(learnt["first loss"]) - 0.5
