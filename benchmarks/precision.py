@@ -24,9 +24,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -145,48 +146,58 @@ def cosine(a: Gradient, b: Gradient) -> float:
 
 
 def imitation(args: argparse.Namespace, folder: Path) -> None:
-    demo.make_task(folder, args.seed)
-    print(f"\n## The demo's cold start, {args.steps} steps, seed {args.seed}, {device()}\n")
-    table_head(["", "first loss", "last loss", "gradient norm", "s a step"])
-    for kind in (kind for kind in args.kinds if kind != "fp8-rollouts"):
+    print(f"\n## The demo's cold start, {args.steps} steps, {device()}\n")
+    table_head(["", "seed", "first loss", "last loss", "gradient norm", "s a step"])
+    for seed, kind in product(args.seeds, args.kinds):
+        if kind == "fp8-rollouts":
+            continue
+        task = made(folder, seed)
         overrides = [f"rollouts={args.steps}", "evaluate.sets=[]", "evaluate.stop_at_accuracy=0"]
-        overrides += [*KINDS[kind], f"model.path={folder / 'model'}"]
-        overrides += [f"data.train[0].path={folder / 'data' / 'demonstrations.jsonl'}"]
-        found = run("demo-cold-start.yaml", folder / f"imitation-{kind}", overrides, args)
+        overrides += [*KINDS[kind], f"model.path={task / 'model'}"]
+        overrides += [f"data.train[0].path={task / 'data' / 'demonstrations.jsonl'}"]
+        found = run("demo-cold-start.yaml", task / kind, overrides, seed, args)
         last = found[-max(1, len(found) // 10) :]
         losses = found[0]["loss"], mean(r["loss"] for r in last)
         norm = mean(r["grad_norm"] for r in last)
-        row(kind, *(f"{x:.4f}" for x in (*losses, norm)), f"{seconds(found):.3f}")
+        row(kind, str(seed), *(f"{x:.4f}" for x in (*losses, norm)), f"{seconds(found):.3f}")
 
 
 def learning(args: argparse.Namespace, folder: Path) -> None:
-    start = cold_start(args, folder)
-    print(f"\n## NFT on the demo's task, seed {args.seed}, {device()}\n")
-    columns = "", "steps", "before", "best", "end", "mean |Δlogp|", "largest mean", "s a rollout"
-    table_head([column.replace("|", "\\|") for column in columns])
-    key = "eval/heldout/accuracy"
-    for kind in args.kinds:
-        config = recipe.load(demo.RECIPES / "demo.yaml", [])
-        per_rollout = config.rollout.questions // config.optimizer.questions_per_minibatch
+    print(f"\n## NFT on the demo's task, {device()}\n")
+    columns = "", "seed", "steps", "before", "best", "end", "mean |Δlogp|", "largest mean"
+    table_head([column.replace("|", "\\|") for column in (*columns, "s a rollout")])
+    options = recipe.load(demo.RECIPES / "demo.yaml", [])
+    per_rollout = options.rollout.questions // options.optimizer.questions_per_minibatch
+    for seed, kind in product(args.seeds, args.kinds):
+        task = made(folder, seed)
         overrides = [f"rollouts={-(-args.steps // per_rollout)}", "evaluate.stop_at_accuracy=0"]
-        overrides += [*KINDS[kind], *paths(folder, "train"), f"model.path={start}"]
-        found = run("demo.yaml", folder / f"learning-{kind}", overrides, args)
-        accuracies = [r[key] for r in found if key in r]
-        deltas = [r["logp_delta_mean"] for r in found if "logp_delta_mean" in r]
-        shares = (f"{x:.1%}" for x in (accuracies[0], max(accuracies), accuracies[-1]))
-        off = (f"{mean(deltas):.1e}", f"{max(deltas):.1e}")
-        row(kind, str(found[-1]["step"]), *shares, *off, f"{seconds(found):.2f}")
+        overrides += [*KINDS[kind], *paths(task, "train")]
+        overrides += [f"model.path={cold_start(task, seed, args)}"]
+        found = run("demo.yaml", task / kind, overrides, seed, args)
+        row(kind, str(seed), str(found[-1]["step"]), *learnt(found), f"{seconds(found):.2f}")
 
 
-def cold_start(args: argparse.Namespace, folder: Path) -> Path:
+def learnt(found: Sequence[Record]) -> Iterator[str]:
+    key = "eval/heldout/accuracy"
+    accuracies = [r[key] for r in found if key in r]
+    deltas = [r["logp_delta_mean"] for r in found if "logp_delta_mean" in r]
+    yield from (f"{x:.1%}" for x in (accuracies[0], max(accuracies), accuracies[-1]))
+    yield from (f"{x:.1e}" for x in (mean(deltas), max(deltas)))
+
+
+def made(folder: Path, seed: int) -> Path:
+    """The demo's task of this seed, and room for its runs."""
+    demo.make_task(folder / str(seed), seed)
+    return folder / str(seed)
+
+
+def cold_start(task: Path, seed: int, args: argparse.Namespace) -> Path:
     """The model that every kind begins with, in float32."""
-    if args.demo:
-        demo.make_task(folder, args.seed)
-        return args.demo / "cold-start" / "hf"
-    demo.make_task(folder, args.seed)
-    overrides = [*paths(folder, "demonstrations"), f"model.path={folder / 'model'}"]
-    run("demo-cold-start.yaml", folder / "cold-start", overrides, args)
-    return folder / "cold-start" / "hf"
+    out = task / "cold-start"
+    if not (out / "hf").exists():
+        overrides = [*paths(task, "demonstrations"), f"model.path={task / 'model'}"]
+        run("demo-cold-start.yaml", out, overrides, seed, args)
+    return out / "hf"
 
 
 def paths(folder: Path, data: str) -> list[str]:
@@ -196,9 +207,11 @@ def paths(folder: Path, data: str) -> list[str]:
     ]
 
 
-def run(name: str, out: Path, overrides: Sequence[str], args: argparse.Namespace) -> list[Record]:
+def run(
+    name: str, out: Path, overrides: Sequence[str], seed: int, args: argparse.Namespace
+) -> list[Record]:
     """A run's records; what it says is shown where it fails."""
-    overrides = [*overrides, f"run_dir={out}", f"seed={args.seed}", "parallel.tensor=1"]
+    overrides = [*overrides, f"run_dir={out}", f"seed={seed}", "parallel.tensor=1"]
     overrides += [f"parallel.num_processes={args.processes}", "logging.tensorboard=false"]
     overrides += ["checkpoint.every=0", "checkpoint.check_export=false"]
     command = [sys.executable, "-m", "megatron_nft", "train", str(demo.RECIPES / name), *overrides]
@@ -251,8 +264,7 @@ def arguments() -> argparse.Namespace:
     add("--micro-batches", type=int, default=2, help="of errors")
     add("--mean", type=float, default=1000 if on_cuda else 100, help="tokens of a sequence")
     add("--steps", type=int, default=200, help="of imitation and learning")
-    add("--seed", type=int, default=0)
-    add("--demo", type=Path, help="a directory with the demo's cold start, for learning")
+    add("--seeds", type=int, nargs="+", default=[0], help="of imitation and learning: runs of each")
     processes = 1 if on_cuda else len(os.sched_getaffinity(0))
     add("--processes", type=int, default=processes, help="of imitation and learning")
     return parser.parse_args()
