@@ -1,13 +1,13 @@
 """What numbers of fewer bits do to log-probabilities, to gradients and to what is learnt.
 
-    .venv/bin/python benchmarks/precision.py --shape 7B --layers 8       # a GPU
+    .venv/bin/python benchmarks/precision.py --shape 7B --layers 4       # a GPU
     .venv/bin/python benchmarks/precision.py --shape toy                 # a CPU host
     .venv/bin/python benchmarks/precision.py --parts learning --kinds bfloat16 tensorwise
 
 errors     one random model (--model DIR: a real one) and the same sequences in every kind: |Δlogp|
            of tokens, and the gradient of NFT's loss, on-policy, all parameters as one vector: its
-           distance from float32's relative to that, its cosine with it, the same against bf16's,
-           and the worst of the single parameters (one with hardly any norm counts with 1% of all's)
+           distance from the other's relative to that, its cosine with it, and the distance of the
+           worst parameter (one with hardly any norm counts with 1% of all's)
 imitation  the demo's cold start for --steps steps, from the same random weights: the mean loss of
            the last tenth. Needs no engine
 learning   the demo's second half for --steps steps, all from one cold start: held-out accuracy
@@ -20,17 +20,17 @@ default all that this host can run.
 """
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 os.environ.setdefault("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")  # before TE is imported
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -38,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import numpy as np
 import torch
 from policies import policy_of
-from reference import distance, worst
 from shapes import SHAPES, start, workload
 from strangers import write_model
 
@@ -62,7 +61,13 @@ KINDS = {
 }
 OF_TE = ("te", "tensorwise", "blockwise")
 EXACT, BASE = "float32", "bfloat16"  # what errors are relative to
-Gradient = dict[str, np.ndarray]
+Gradient = dict[str, torch.Tensor]  # float32, by Hugging Face names
+
+
+@dataclass(frozen=True)
+class Measured:
+    logp: np.ndarray  # float32, of all tokens
+    gradient: Gradient
 
 
 def main() -> None:
@@ -79,16 +84,18 @@ def errors(args: argparse.Namespace, folder: Path) -> None:
     path = args.model or random_model(args, folder)
     kinds = [kind for kind in dict.fromkeys((EXACT, BASE, *args.kinds)) if kind != "fp8-rollouts"]
     start(ParallelConfig())
-    found: dict[str, tuple[np.ndarray, Gradient]] = {}
     print(f"\n## Errors: {args.model or f'{args.shape}, random'}, {device()}\n")
-    columns = "", "mean |Δlogp|", "max", "gradient off by", "cosine", "worst parameter"
-    columns += ("off bf16's by", "mean |Δlogp| from bf16's")
+    columns = "", "against", "mean |Δlogp|", "max", "gradient off by", "cosine", "worst parameter"
     table_head([column.replace("|", "\\|") for column in columns])
+    bases: dict[str, Measured] = {}
     for kind in kinds:
         own = measured(config_of(kind, path, args), args)
+        gc.collect()  # the policy, before the next one comes
+        torch.cuda.empty_cache()
+        for name, base in bases.items():
+            row(kind, name, *compared(own, base))
         if kind in (EXACT, BASE):
-            found[kind] = own
-        row(kind, *compared(own, found[EXACT]), *against_base(own, found.get(BASE)))
+            bases[kind] = own
     parallel.finalize()
 
 
@@ -104,8 +111,7 @@ def config_of(kind: str, path: Path, args: argparse.Namespace) -> Config:
     return replace(config, optimizer=replace(config.optimizer, **options))
 
 
-def measured(config: Config, args: argparse.Namespace) -> tuple[np.ndarray, Gradient]:
-    """Log-probabilities of all tokens and the gradient, by Hugging Face names."""
+def measured(config: Config, args: argparse.Namespace) -> Measured:
     policy = policy_of(config)
     rows = args.tokens, args.mean, 1, args.micro_batches
     sequences = workload(policy.hf_config.vocab_size, *rows)
@@ -115,31 +121,27 @@ def measured(config: Config, args: argparse.Namespace) -> tuple[np.ndarray, Grad
     )
     gradients = {n: p.main_grad for n, p in named_parameters(policy.chunks).items()}
     streamed = stream_of(gradients, policy.hf_config)
-    found = {name: tensor.float().cpu().numpy().copy() for name, tensor in streamed}
-    del policy, gradients
-    torch.cuda.empty_cache()
-    return np.concatenate(logps), found
+    return Measured(np.concatenate(logps), {name: tensor.clone() for name, tensor in streamed})
 
 
-def compared(own: tuple[np.ndarray, Gradient], exact: tuple[np.ndarray, Gradient]) -> list[str]:
-    off, gradient = np.abs(own[0] - exact[0]), own[1]
-    distances = distance(gradient, exact[1]), worst(gradient, exact[1])
-    both = (f"{off.mean():.2e}", f"{off.max():.2e}", f"{distances[0]:.2e}")
-    return [*both, f"{cosine(gradient, exact[1]):.6f}", f"{distances[1]:.2e}"]
+def compared(own: Measured, other: Measured) -> list[str]:
+    """|Δlogp|, mean and largest; the gradients' distance, cosine, and the worst parameter's."""
+    off, sums = np.abs(own.logp - other.logp), _sums(own.gradient, other.gradient)
+    dot, of_own, of_other, apart = sums.sum(0)
+    each = (sums[:, 3] / sums[:, 2].clip(min=1e-4 * of_other)) ** 0.5
+    distance, cosine = (apart / of_other) ** 0.5, dot / (of_own * of_other) ** 0.5
+    found = [f"{off.mean():.2e}", f"{off.max():.2e}", f"{distance:.2e}", f"{cosine:.6f}"]
+    return [*found, f"{each.max():.2e}"]
 
 
-def against_base(own: tuple[np.ndarray, Gradient], base: Any) -> list[str]:
-    if base is None:
-        return ["", ""]
-    return [f"{distance(own[1], base[1]):.2e}", f"{np.abs(own[0] - base[0]).mean():.2e}"]
-
-
-def cosine(a: Gradient, b: Gradient) -> float:
-    dot, of_a, of_b = (
-        sum(float(np.vdot(x[n].astype(np.float64), y[n])) for n in b)
-        for x, y in ((a, b), (a, a), (b, b))
-    )
-    return dot / (of_a * of_b) ** 0.5
+def _sums(a: Gradient, b: Gradient) -> np.ndarray:
+    """Σab, Σa², Σb² and Σ(a − b)² of every parameter, float64 [N, 4]."""
+    pairs = ((a[name].double(), other.double()) for name, other in b.items())
+    rows = [
+        torch.stack([(x * y).sum(), (x * x).sum(), (y * y).sum(), ((x - y) ** 2).sum()])
+        for x, y in pairs
+    ]
+    return torch.stack(rows).cpu().numpy()
 
 
 # imitation, learning
@@ -258,9 +260,9 @@ def arguments() -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=["errors", "imitation"])
     add("--kinds", nargs="+", choices=KINDS, default=kinds_here())
     add("--shape", choices=SHAPES, default="7B" if on_cuda else "toy", help="of errors' model")
-    add("--layers", type=int, default=8 if on_cuda else None, help="of errors' model")
+    add("--layers", type=int, default=4 if on_cuda else None, help="of errors' model")
     add("--model", type=Path, help="a Hugging Face directory, for errors")
-    add("--tokens", type=int, default=16_384 if on_cuda else 512, help="errors' micro-batches")
+    add("--tokens", type=int, default=8192 if on_cuda else 512, help="errors' micro-batches")
     add("--micro-batches", type=int, default=2, help="of errors")
     add("--mean", type=float, default=1000 if on_cuda else 100, help="tokens of a sequence")
     add("--steps", type=int, default=200, help="of imitation and learning")

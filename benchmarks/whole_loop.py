@@ -36,7 +36,7 @@ from typing import Any
 
 import torch
 import yaml
-from shapes import SHAPES
+from shapes import SHAPES, hf_config
 from strangers import write_model, write_questions
 from tqdm import tqdm
 
@@ -86,6 +86,18 @@ def recipe_of(model: Path, folder: Path, args: argparse.Namespace) -> dict[str, 
         "checkpoint": {"every": 0},
         "logging": {"tensorboard": False},
     }
+
+
+def layers_that_fit(shape: str, path: Path, args: argparse.Namespace) -> int:
+    """All of the shape's, or on a GPU that the plan knows as many as it has memory for."""
+    stranger, config = hf_config(shape), recipe.load(path, args.set)
+    stranger.tie_word_embeddings = False
+    while args.gpu and stranger.num_hidden_layers > 1:
+        plan = plan_for(stranger, config, 1, CARDS[args.gpu], workload_of(config))
+        if plan.fits:
+            break
+        stranger.num_hidden_layers -= 1
+    return stranger.num_hidden_layers
 
 
 def measure(
@@ -142,8 +154,8 @@ def planned(config_path: Path, overrides: Sequence[str], gpu: str, found: list[R
         prompt_tokens=PROMPT,
         mixed=typical(found, "groups_kept_fraction"),
     )
-    hf_config = read_hf_config(Path(config.model.path))
-    return plan_for(hf_config, config, 1, CARDS[gpu], workload).times
+    model = read_hf_config(Path(config.model.path))
+    return plan_for(model, config, 1, CARDS[gpu], workload).times
 
 
 def copy_rate(device: str) -> float:
@@ -210,7 +222,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
     add("--models", nargs="+", choices=SHAPES, default=["0.5B", "7B"] if on_cuda else ["toy"])
-    add("--layers", type=int, help="of every model; default: all of the shape's")
+    add("--layers", type=int, help="of every model; default: what fits")
     add("--answer-tokens", type=int, default=1400 if on_cuda else 40, help="about, in the mean")
     add("--longest", type=int, default=4032 if on_cuda else 128, help="tokens of an answer")
     add("--questions", type=int, default=64 if on_cuda else 8, help="a rollout")
@@ -240,12 +252,12 @@ def main() -> None:
 
 
 def loop(shape: str, folder: Path, args: argparse.Namespace) -> None:
-    num_layers = args.layers or SHAPES[shape][2]
-    dtype = getattr(torch, args.dtype)
-    model = write_model(folder / "model", shape, num_layers, args.answer_tokens, dtype)
-    torch.cuda.empty_cache()
-    path = folder / "recipe.yaml"
+    path, model = folder / "recipe.yaml", folder / "model"
     path.write_text(yaml.safe_dump(recipe_of(model, folder, args)))
+    num_layers = args.layers or layers_that_fit(shape, path, args)
+    print(f"{shape}: {num_layers} layers", file=sys.stderr)
+    write_model(model, shape, num_layers, args.answer_tokens, getattr(torch, args.dtype))
+    torch.cuda.empty_cache()
     found, said = measure(path, folder / "run" / FILE_NAME, args.set, args.rollouts)
     times = planned(path, args.set, args.gpu, found) if args.gpu else None
     device = "cuda" if torch.cuda.is_available() else "cpu"

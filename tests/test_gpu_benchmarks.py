@@ -45,8 +45,8 @@ def test_a_loop_of_strangers_is_measured() -> None:
 def test_errors_of_bfloat16_are_measured() -> None:
     words = "--parts", "errors", "imitation", "--steps", "10", "--shape", "toy"
     errors, imitation = tables(printed("precision.py", *words, "--kinds", "bfloat16"))
-    exact, rounded = errors
-    assert float(exact["mean ¦Δlogp¦"]) == float(exact["gradient off by"]) == 0
+    [rounded] = errors
+    assert rounded["against"] == "float32"
     assert 1e-4 < float(rounded["mean ¦Δlogp¦"]) < 1e-2
     assert 1e-3 < float(rounded["gradient off by"]) < 3e-2
     assert 0.999 < float(rounded["cosine"]) < 1
