@@ -126,7 +126,8 @@ def read_metrics(run_dir: Path) -> list[Record]:
 
 
 class PhaseTimer:
-    """Seconds spent in each named phase since the last reset; phases do not nest.
+    """Seconds spent in each named phase since the last reset, and a GPU's memory; phases do not
+    nest.
 
     Args:
         on_change: told a phase's name when it begins and "" when it ends, unless it raises.
@@ -134,6 +135,7 @@ class PhaseTimer:
 
     def __init__(self, on_change: Callable[[str], object] = lambda _: None) -> None:
         self._seconds: dict[str, float] = {}
+        self._gib: dict[str, float] = {}
         self._on_change = on_change
 
     @contextmanager
@@ -144,22 +146,32 @@ class PhaseTimer:
         yield
         if torch := _torch_on_cuda():
             torch.cuda.synchronize()
+            free, total = torch.cuda.mem_get_info()
+            self._gib[name] = max(self._gib.get(name, 0.0), (total - free) / GIB)
         self._on_change("")
         self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:
         return dict(self._seconds)
 
+    def device_gib(self) -> dict[str, float]:
+        """What was in use of the GPU, by whomever, at the end of each phase: the most of its ends.
+
+        torch keeps what it frees, so that this is about the phase's peak. (Its own count is not:
+        it goes on counting the memory that vLLM gives back by other ways.) Empty on CPU hosts.
+        """
+        return dict(self._gib)
+
+    def peak_memory_gib(self) -> float:
+        """The most of these; on a CPU host what the process held at most since its start."""
+        if self._gib:
+            return max(self._gib.values())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / GIB if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+
     def reset(self) -> None:
         self._seconds.clear()
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held: of its GPU if it uses one, else resident."""
-    if torch := _torch_on_cuda():
-        return torch.cuda.max_memory_allocated() / GIB
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / GIB if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+        self._gib.clear()
 
 
 class _Mirror(Protocol):

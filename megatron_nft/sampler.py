@@ -162,14 +162,18 @@ class Sampler(ExitStack):
     @contextmanager
     def _awake(self, version: int) -> Iterator[None]:
         """The engine with the newest weights, on memory that the policy lends it."""
-        with self._policy.memory_lent():
+        with ExitStack() as stack:
+            with self._timer.phase("memory"):
+                stack.enter_context(self._policy.memory_lent())
             self.hand_over_weights(version)
             try:
                 yield
             except Interrupted:  # a checkpoint needs the memory too
                 self._engine.sleep()
                 raise
-            self._measured |= self._engine.sleep()
+            with self._timer.phase("memory"):
+                self._measured |= self._engine.sleep()
+                stack.close()
 
     def hand_over_weights(self, version: int) -> None:
         """Give the engine the policy's weights, unless it has them, and have it prove that it has.

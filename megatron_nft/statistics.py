@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from megatron_nft.config import ObjectiveConfig
-from megatron_nft.metrics import PhaseTimer, peak_memory_gib
+from megatron_nft.metrics import PhaseTimer
 from megatron_nft.policy.packing import Sequence
 from megatron_nft.rollout.groups import Group
 from megatron_nft.rollout.tally import Tally
@@ -50,8 +50,9 @@ def rollout_statistics(
     found = {
         "tokens_trained": tokens,
         "tokens_per_second": tokens / sum(timer.seconds().values()),
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": timer.peak_memory_gib(),
     }
+    found |= {f"device_gib/{name}": gib for name, gib in timer.device_gib().items()}
     if tally is None:
         return found
     accuracies = [group.accuracy for group, _ in groups]

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_nft.config import LoggingConfig
-from megatron_nft.metrics import MetricsLog, PhaseTimer, Record, peak_memory_gib, read_metrics
+from megatron_nft.metrics import MetricsLog, PhaseTimer, Record, read_metrics
 
 FILE_ONLY = LoggingConfig(tensorboard=False)
 
@@ -194,8 +195,30 @@ def test_phases_are_told_as_they_begin_and_end() -> None:
 
 def test_peak_memory_covers_what_the_process_held() -> None:
     held = bytearray(b"x" * 2**28)
-    assert 0.25 < peak_memory_gib() < 1000
+    timer = PhaseTimer()
+    with timer.phase("update"):
+        pass
+    assert 0.25 < timer.peak_memory_gib() < 1000
+    assert timer.device_gib() == {}  # there is no GPU in use
     del held
+
+
+def test_a_gpus_memory_is_that_at_the_end_of_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([30, 50, 40])
+    cuda = SimpleNamespace(
+        synchronize=lambda: None,
+        is_initialized=lambda: True,
+        mem_get_info=lambda: ((80 - next(used)) * 2**30, 80 * 2**30),
+    )
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    timer = PhaseTimer()
+    for name in ("rollout", "update", "update"):
+        with timer.phase(name):
+            pass
+    assert timer.device_gib() == {"rollout": 30, "update": 50}
+    assert timer.peak_memory_gib() == 50
+    timer.reset()
+    assert timer.device_gib() == {}
 
 
 def test_import_is_light() -> None:

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, Qwen2Config, Qwen3Config
 
 from megatron_nft.config import Config, MemoryConfig, ModelConfig, ParallelConfig
 from megatron_nft.plan.memory import kept_and_once
-from megatron_nft.plan.parameters import pretended
+from megatron_nft.plan.parameters import Held, held_by_ranks, pretended
 from megatron_nft.policy import attention, host
 from megatron_nft.policy.architecture import chunks_of, transformer_config
 from megatron_nft.policy.packed_row import PackedRow, pack_row, varlen_of
@@ -147,3 +147,19 @@ def test_a_layer_keeps_what_the_plan_says(
 ) -> None:
     planned, _ = kept_and_once(FAMILIES[family](), configured(layout, memory))
     assert found[family, layout, memory] == pytest.approx(planned, rel=0.01)
+
+
+def held_where_there_is_a_gpu(config: Config) -> list[Held]:
+    host.has_cuda = lambda: True
+    return held_by_ranks(FAMILIES["qwen2"](), config, 2)
+
+
+@pytest.mark.processes
+def test_a_plan_on_a_gpu_s_host_makes_nothing_on_it() -> None:
+    """There is none here: to touch it would be an error."""
+    config = configured("TP2", "none")
+    assert run(held_where_there_is_a_gpu, 1, config)[0] == run(held_here, 1, config)[0]
+
+
+def held_here(config: Config) -> list[Held]:
+    return held_by_ranks(FAMILIES["qwen2"](), config, 2)

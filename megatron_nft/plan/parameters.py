@@ -63,7 +63,11 @@ def _held(
     hf_config: PretrainedConfig, config: Config, stage: int, rank: int, num_ranks: int
 ) -> Held:
     with pretended(config.parallel, rank, num_ranks), torch.device("meta"), _quiet():
-        chunks = chunks_of(hf_config, transformer_config(hf_config, config))
+        model_config = transformer_config(hf_config, config)
+        model_config.use_cpu_initialization = (
+            True  # else Megatron names the GPU, where there is one
+        )
+        chunks = chunks_of(hf_config, model_config)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
     # Megatron's own mark of what the data-parallel ranks do not share
     expert = sum(p.numel() for p in parameters if not getattr(p, "allreduce", True))
