@@ -10,7 +10,7 @@ step          Policy.update, all of it; old logp: Policy.logp
 TFLOP         the model's, by megatron_nft/policy/flops.py: a step is three forward passes, the head
               counts for response tokens alone, and nothing counts twice that is computed again
 MFU           TFLOP/s over the rate of a large matrix product in --dtype, measured in this run
-planned GiB   what `megatron-nft plan` says of the step's peak, of what torch allocates
+planned GiB   what `megatron-nft plan` says that torch allocates in a step on a GPU
 × products    the time over that of the products with all weights, back to back, attention left out
 
 Figures are per device and medians. Parts are the first rank's and exclude each other: in a step the
@@ -156,20 +156,24 @@ def layers_that_fit(case: Case, config: Config) -> int:
     num_tables = 1 if hf.tie_word_embeddings or ranks.pipeline > 1 else 2
     tables = num_tables * hf.hidden_size * hf.vocab_size
     copies = 2 if case.fp8 != "off" else 0  # bytes a parameter
+
+    def needed(held: int, stage: int) -> float:
+        planned = planned_memory(hf, config, held, stage)
+        # torch's AdamW makes roots of second moments, once activations are gone
+        roots = max(0, 4 * held - planned.activations - planned.head)
+        return planned.allocated + roots + copies * held
+
     for number in range(hf.num_hidden_layers // ranks.pipeline, 1, -1):
         hf.num_hidden_layers = number * ranks.pipeline
         held = (number * layer_matmul_parameters(hf) + tables) // ranks.tensor
-        planned = planned_memory(hf, config, held)
-        # torch's AdamW makes roots of second moments, once activations are gone
-        roots = max(0, 4 * held - planned.activations - planned.head)
-        if planned.allocated + roots + copies * held <= memory:
+        if max(needed(held, stage) for stage in range(ranks.pipeline)) <= memory:
             return hf.num_hidden_layers
     return ranks.pipeline
 
 
-def planned_memory(hf: SimpleNamespace, config: Config, num_parameters: int) -> Memory:
-    """Of this rank in a step, on any card."""
-    held = Held(parallel_state.get_pipeline_model_parallel_rank(), num_parameters, expert=0)
+def planned_memory(hf: SimpleNamespace, config: Config, num_parameters: int, stage: int) -> Memory:
+    """Of a rank of a pipeline stage in a step, on any card."""
+    held = Held(stage, num_parameters, expert=0)
     return memory_of(hf, config, held, dist.get_world_size(), CARDS["h200"])
 
 
@@ -237,7 +241,8 @@ def measure(case: Case, args: argparse.Namespace) -> list[Measured]:
     tflop = 1e-12 * forward_flops(hf, lengths, sum(num_predicted)) / num_devices
     counts = hf.num_hidden_layers, len(rows), sum(lengths) / num_devices
     num_parameters = sum(p.numel() for chunk in policy.chunks for p in chunk.parameters())
-    planned = planned_memory(hf, config, num_parameters).allocated / GIB
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    planned = planned_memory(hf, config, num_parameters, stage).allocated / GIB
     found = []
     for what, call, passes, gib in (STEP, step, 3, planned), (OLD_LOGP, old_logp, 1, None):
         timing = time_pass(policy, call, args.repeats)

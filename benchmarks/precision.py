@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -47,8 +48,8 @@ from megatron_nft import demo, recipe
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.metrics import Record, read_metrics
 from megatron_nft.policy import host, parallel
+from megatron_nft.processes import end_with_parent
 
-PARTS = ("errors", "imitation", "learning")
 HYBRID = ["fp8.format=hybrid", "fp8.recipe=tensorwise"]
 BF16, TE = ["model.dtype=bfloat16"], ["model.layers=transformer_engine"]
 KINDS = {
@@ -73,14 +74,19 @@ class Measured:
 def main() -> None:
     args = arguments()
     with tempfile.TemporaryDirectory() as name:
+        failed = []
         for part in args.parts:
-            globals()[part](args, Path(name) / part)
+            failed += PARTS[part](args, Path(name) / part)
+            gc.collect()
+            torch.cuda.empty_cache()  # for the runs of the next part
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 # errors
 
 
-def errors(args: argparse.Namespace, folder: Path) -> None:
+def errors(args: argparse.Namespace, folder: Path) -> list[str]:
     path = args.model or random_model(args, folder)
     kinds = [kind for kind in dict.fromkeys((EXACT, BASE, *args.kinds)) if kind != "fp8-rollouts"]
     start(ParallelConfig())
@@ -88,8 +94,15 @@ def errors(args: argparse.Namespace, folder: Path) -> None:
     columns = "", "against", "mean |Δlogp|", "max", "gradient off by", "cosine", "worst parameter"
     table_head([column.replace("|", "\\|") for column in columns])
     bases: dict[str, Measured] = {}
+    failed = []
     for kind in kinds:
-        own = measured(config_of(kind, path, args), args)
+        try:
+            own = measured(config_of(kind, path, args), args)
+        except (RuntimeError, ValueError, AssertionError):  # Megatron's and Transformer Engine's
+            traceback.print_exc()
+            row(kind, "", "failed")
+            failed.append(kind)
+            continue
         gc.collect()  # the policy, before the next one comes
         torch.cuda.empty_cache()
         for name, base in bases.items():
@@ -97,6 +110,7 @@ def errors(args: argparse.Namespace, folder: Path) -> None:
         if kind in (EXACT, BASE):
             bases[kind] = own
     parallel.finalize()
+    return failed
 
 
 def random_model(args: argparse.Namespace, folder: Path) -> Path:
@@ -105,7 +119,7 @@ def random_model(args: argparse.Namespace, folder: Path) -> Path:
 
 
 def config_of(kind: str, path: Path, args: argparse.Namespace) -> Config:
-    overrides = [f"model.path={path}", "parallel.tensor=1", "rollout.max_response_tokens=42"]
+    overrides = [f"model.path={path}", "parallel.tensor=1"]
     config = recipe.load(demo.RECIPES / "demo.yaml", [*overrides, *KINDS[kind]])
     options = {"tokens_per_microbatch": args.tokens, "clip_norm": 1e30}  # gradients as they are
     return replace(config, optimizer=replace(config.optimizer, **options))
@@ -147,36 +161,66 @@ def _sums(a: Gradient, b: Gradient) -> np.ndarray:
 # imitation, learning
 
 
-def imitation(args: argparse.Namespace, folder: Path) -> None:
+def imitation(args: argparse.Namespace, folder: Path) -> list[str]:
     print(f"\n## The demo's cold start, {args.steps} steps, {device()}\n")
-    table_head(["", "seed", "first loss", "last loss", "gradient norm", "s a step"])
-    for seed, kind in product(args.seeds, args.kinds):
-        if kind == "fp8-rollouts":
-            continue
+    table_head(["", "seed", "first loss", "last loss", "gradient norm", "skipped", "s a step"])
+
+    def cells(kind: str, seed: int) -> list[str]:
         task = made(folder, seed)
         overrides = [f"rollouts={args.steps}", "evaluate.sets=[]", "evaluate.stop_at_accuracy=0"]
         overrides += [*KINDS[kind], f"model.path={task / 'model'}"]
         overrides += [f"data.train[0].path={task / 'data' / 'demonstrations.jsonl'}"]
         found = run("demo-cold-start.yaml", task / kind, overrides, seed, args)
-        last = found[-max(1, len(found) // 10) :]
-        losses = found[0]["loss"], mean(r["loss"] for r in last)
-        norm = mean(r["grad_norm"] for r in last)
-        row(kind, str(seed), *(f"{x:.4f}" for x in (*losses, norm)), f"{seconds(found):.3f}")
+        taken = [r for r in found if "loss" in r]  # steps that were not finite have none
+        last = taken[-max(1, len(taken) // 10) :]
+        figures = (
+            taken[0]["loss"],
+            mean(r["loss"] for r in last),
+            mean(r["grad_norm"] for r in last),
+        )
+        skipped = str(found[-1]["steps_skipped"])
+        return [*(f"{x:.4f}" for x in figures), skipped, f"{seconds(found):.3f}"]
+
+    return rows(cells, [kind for kind in args.kinds if kind != "fp8-rollouts"], args.seeds)
 
 
-def learning(args: argparse.Namespace, folder: Path) -> None:
+def learning(args: argparse.Namespace, folder: Path) -> list[str]:
     print(f"\n## NFT on the demo's task, {device()}\n")
-    columns = "", "seed", "steps", "before", "best", "end", "mean |Δlogp|", "largest mean"
-    table_head([column.replace("|", "\\|") for column in (*columns, "s a rollout")])
+    columns = "", "seed", "steps", "skipped", "before", "best", "end", "mean |Δlogp|"
+    table_head([c.replace("|", "\\|") for c in (*columns, "largest mean", "s a rollout")])
     options = recipe.load(demo.RECIPES / "demo.yaml", [])
     per_rollout = options.rollout.questions // options.optimizer.questions_per_minibatch
-    for seed, kind in product(args.seeds, args.kinds):
+
+    def cells(kind: str, seed: int) -> list[str]:
         task = made(folder, seed)
         overrides = [f"rollouts={-(-args.steps // per_rollout)}", "evaluate.stop_at_accuracy=0"]
         overrides += [*KINDS[kind], *paths(task, "train")]
         overrides += [f"model.path={cold_start(task, seed, args)}"]
         found = run("demo.yaml", task / kind, overrides, seed, args)
-        row(kind, str(seed), str(found[-1]["step"]), *learnt(found), f"{seconds(found):.2f}")
+        last = found[-1]
+        numbers = str(last["step"]), str(last["steps_skipped"])
+        return [*numbers, *learnt(found), f"{seconds(found):.2f}"]
+
+    return rows(cells, args.kinds, args.seeds)
+
+
+class RunError(RuntimeError):
+    """What the command said."""
+
+
+def rows(
+    cells: Callable[[str, int], list[str]], kinds: Sequence[str], seeds: Sequence[int]
+) -> list[str]:
+    """Print a row for each; who failed, whose neighbours' rows are printed all the same."""
+    failed = []
+    for seed, kind in product(seeds, kinds):
+        try:
+            row(kind, str(seed), *cells(kind, seed))
+        except RunError as error:
+            print(error, file=sys.stderr)
+            row(kind, str(seed), "failed")
+            failed.append(f"{kind}, seed {seed}")
+    return failed
 
 
 def learnt(found: Sequence[Record]) -> Iterator[str]:
@@ -198,6 +242,7 @@ def cold_start(task: Path, seed: int, args: argparse.Namespace) -> Path:
     out = task / "cold-start"
     if not (out / "hf").exists():
         overrides = [*paths(task, "demonstrations"), f"model.path={task / 'model'}"]
+        overrides += KINDS[EXACT]
         run("demo-cold-start.yaml", out, overrides, seed, args)
     return out / "hf"
 
@@ -212,14 +257,14 @@ def paths(folder: Path, data: str) -> list[str]:
 def run(
     name: str, out: Path, overrides: Sequence[str], seed: int, args: argparse.Namespace
 ) -> list[Record]:
-    """A run's records; what it says is shown where it fails."""
+    """A run's records."""
     overrides = [*overrides, f"run_dir={out}", f"seed={seed}", "parallel.tensor=1"]
     overrides += [f"parallel.num_processes={args.processes}", "logging.tensorboard=false"]
     overrides += ["checkpoint.every=0", "checkpoint.check_export=false"]
     command = [sys.executable, "-m", "megatron_nft", "train", str(demo.RECIPES / name), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=end_with_parent)
     if done.returncode:
-        sys.exit(done.stdout + done.stderr)
+        raise RunError(done.stdout + done.stderr)
     return read_metrics(out)
 
 
@@ -271,6 +316,8 @@ def arguments() -> argparse.Namespace:
     add("--processes", type=int, default=processes, help="of imitation and learning")
     return parser.parse_args()
 
+
+PARTS = {"errors": errors, "imitation": imitation, "learning": learning}
 
 if __name__ == "__main__":
     main()

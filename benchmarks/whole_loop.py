@@ -9,31 +9,36 @@ in place into the engine, with both of their proofs. The models are random ones 
 whose answers end by chance (benchmarks/strangers.py), and right is what a coin says of an answer's
 text: practically every group is mixed, and nothing is learnt.
 
-seconds   medians of --rollouts, after one that warms up; "all" counts nothing that is between
-          the phases; planned: what `megatron-nft plan` says for --gpu and these lengths
-memory    what torch allocated at most, what vLLM's sleep gave back, each time, and what is in use
-          on the device meanwhile (a CPU host's engine keeps its memory)
+seconds   medians of --rollouts, after one that warms up; memory: the engine's sleep, what is moved
+          off the GPU and back; between: what no phase counts, such as the judging of the last
+          answers; planned: what `megatron-nft plan` says for --gpu and these lengths
+memory    the most that was in use of the GPU at the end of a phase, what vLLM's sleep gave back,
+          each time, and what is in use then (a CPU host's engine keeps its memory)
 weights   bytes of the whole tensors over the time of the hand-over, in which the engine wakes,
           digests every byte on both sides and answers the probe, beside a copy on the device
 |Δlogp|   between trainer and engine: of sampled tokens, and of the probe
 
-What follows the last rollout, its checkpoint and its export, is cut off.
+Each rollout is told of as it comes, and after --limit-s the tables are of what is there. What
+follows the last rollout, its checkpoint and its export, is cut off.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 import yaml
 from shapes import SHAPES, hf_config
@@ -47,10 +52,15 @@ from megatron_nft.plan.cards import CARDS
 from megatron_nft.plan.estimate import plan_for
 from megatron_nft.plan.times import Times
 from megatron_nft.plan.workload import workload_of
+from megatron_nft.processes import end_with_parent
 
 BENCHMARKS = Path(__file__).parent
 GROUP, PROMPT = 16, 64  # answers to a question, its tokens
-PHASES = {"sampling": "rollout", "old logp": "old_logp", "training": "update", "weights": "weights"}
+PHASES = {"sampling": "rollout", "old logp": "old_logp", "training": "update"}
+PHASES |= {"weights": "weights", "memory": "memory"}
+TOLD = "seconds/", "tokens_", "device_gib", "engine_gib", "logp_delta", "weights_gib"
+WHOLE = "whole"  # seconds from a rollout's record to the next one's
+ROOM = 0.8  # of a GPU, for what the plan counts: gaps, graphs and contexts are not in it
 COPIED = 2**30  # bytes of the copy that the hand-over is compared with
 
 
@@ -94,46 +104,47 @@ def layers_that_fit(shape: str, path: Path, args: argparse.Namespace) -> int:
     stranger.tie_word_embeddings = False
     while args.gpu and stranger.num_hidden_layers > 1:
         plan = plan_for(stranger, config, 1, CARDS[args.gpu], workload_of(config))
-        if plan.fits:
+        if plan.engine_fits and plan.peak <= ROOM * plan.card.memory_gib * GIB:
             break
         stranger.num_hidden_layers -= 1
     return stranger.num_hidden_layers
 
 
-def measure(
-    path: Path, log: Path, overrides: Sequence[str], num_rollouts: int
-) -> tuple[list[Record], str]:
-    """The rollouts' records after the first one's, and what the run said."""
-    command = [sys.executable, "-m", "megatron_nft", "train", str(path), *overrides]
+def measure(path: Path, log: Path, args: argparse.Namespace) -> tuple[list[Record], str]:
+    """The rollouts' records, without the first one's where there are more; what the run said."""
+    command = [sys.executable, "-m", "megatron_nft", "train", str(path), *args.set]
     paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    said = log.parent.parent / "said"
+    said = path.with_name("said")
     with said.open("w") as file:
         process = subprocess.Popen(
-            command, env=environment, stdout=file, stderr=file, start_new_session=True
+            command, env=environment, stdout=file, stderr=file, preexec_fn=end_with_parent
         )
         try:
-            return _watched(process, log, num_rollouts), said.read_text()
-        except RuntimeError:
-            print(said.read_text()[-8000:], file=sys.stderr)
-            raise
+            found = list(_watched(process, log, args))
         finally:
-            with suppress(ProcessLookupError):  # all of them have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end(process)
+    if not found:
+        sys.exit(f"{said.read_text()[-8000:]}\nno rollout was done")
+    return found[1:] or found, said.read_text()
 
 
-def _watched(process: subprocess.Popen, log: Path, num_rollouts: int) -> list[Record]:
-    with tqdm(total=num_rollouts + 1, desc="rollouts", unit="rollout") as bar:
-        while True:
+def _watched(process: subprocess.Popen, log: Path, args: argparse.Namespace) -> Iterator[Record]:
+    """Each rollout's record with the time since the one before, as it comes."""
+    begun = before = time.monotonic()
+    number = 0
+    with tqdm(total=args.rollouts + 1, desc="rollouts", unit="rollout") as bar:
+        while number <= args.rollouts and time.monotonic() < begun + args.limit_s:
             has_ended = process.poll() is not None
-            found = _rollouts(log)
-            if len(found) > bar.n:
-                bar.update(len(found) - bar.n)
-            if len(found) > num_rollouts:
-                return found[1 : num_rollouts + 1]
+            for record in _rollouts(log)[number : args.rollouts + 1]:
+                now = time.monotonic()
+                record[WHOLE], before, number = now - before, now, number + 1
+                bar.update()
+                told = {k: round(v, 2) for k, v in record.items() if k.startswith(TOLD)}
+                tqdm.write(f"rollout {number}: {json.dumps(told)}", file=sys.stderr)
+                yield record
             if has_ended:
-                raise RuntimeError(f"the run ended after {len(found)} rollouts")
+                return
             time.sleep(0.1)
 
 
@@ -143,6 +154,21 @@ def _rollouts(log: Path) -> list[Record]:
         return []
     complete = log.read_text().split("\n")[:-1]
     return [r for r in map(json.loads, complete) if "seconds/rollout" in r]
+
+
+def _end(process: subprocess.Popen) -> None:
+    """With all that it started, which may have a GPU's memory."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.kill()  # the others end with it: processes.end_with_parent
+        psutil.wait_procs(started, timeout=60)
+    process.wait()
+
+
+def elsewhere[T](function: Callable[..., T], *args: Any) -> T:
+    """The function's result by a process that ends: this one has nothing on the GPU."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def planned(config_path: Path, overrides: Sequence[str], gpu: str, found: list[Record]) -> Times:
@@ -158,8 +184,9 @@ def planned(config_path: Path, overrides: Sequence[str], gpu: str, found: list[R
     return plan_for(model, config, 1, CARDS[gpu], workload).times
 
 
-def copy_rate(device: str) -> float:
+def copy_rate() -> float:
     """Bytes a second of a copy on the device, by its bytes once."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     source = torch.empty(COPIED, dtype=torch.uint8, device=device).fill_(1)
     target, seconds = torch.empty_like(source).fill_(0), []
     for _ in range(5):
@@ -177,17 +204,20 @@ def typical(found: Sequence[Record], key: str) -> float:
 
 def seconds_table(name: str, found: list[Record], times: Times | None) -> str:
     spent = {phase: typical(found, f"seconds/{key}") for phase, key in PHASES.items()}
-    sampled, trained = (typical(found, f"tokens_{what}") for what in ("sampled", "trained"))
-    whole = sum(spent.values())
-    head = ["seconds of a rollout", *spent, "all", "tokens sampled/s", "tokens trained/s"]
-    rates = [f"{sampled / spent['sampling']:,.0f}", f"{trained / whole:,.0f}"]
-    rows = [[name, *(f"{s:.2f}" for s in spent.values()), f"{whole:.2f}", *rates]]
+    spent["between"] = median(
+        r[WHOLE] - sum(r[f"seconds/{key}"] for key in PHASES.values()) for r in found
+    )
+    rows = {name: (*spent.values(), typical(found, WHOLE))}
     if times:
         of_plan = [times.sampling, times.old_logp, times.training, times.weights]
-        of_plan += [sum(of_plan)]
-        rates = [f"{sampled / times.sampling:,.0f}", f"{trained / of_plan[-1]:,.0f}"]
-        rows.append(["planned", *(f"{s:.2f}" for s in of_plan), *rates])
-    return markdown([head, *rows])
+        rows["planned"] = (*of_plan, times.offloading, times.between, times.total)
+    sampled, trained = (typical(found, f"tokens_{what}") for what in ("sampled", "trained"))
+    head = ["seconds of a rollout", *spent, "whole", "tokens sampled/s", "tokens trained/s"]
+    lines = [
+        [name, *(f"{s:.2f}" for s in row), f"{sampled / row[0]:,.0f}", f"{trained / row[-1]:,.0f}"]
+        for name, row in rows.items()
+    ]
+    return markdown([head, *lines])
 
 
 def memory_table(name: str, found: list[Record], copied: float) -> str:
@@ -198,7 +228,7 @@ def memory_table(name: str, found: list[Record], copied: float) -> str:
         "": name,
         "tokens/answer": f"{typical(found, 'response_length_mean'):,.0f}",
         "cut off": f"{typical(found, 'truncated_fraction'):.1%}",
-        "peak GiB": f"{max(record['peak_memory_gib'] for record in found):.1f}",
+        "in use at most, GiB": f"{max(record['peak_memory_gib'] for record in found):.1f}",
         "given back, GiB": f"{min(given):.2f}–{max(given):.2f}",
         "in use asleep, GiB": f"{typical(found, 'device_gib_while_asleep'):.1f}",
         "weights, GiB": f"{gib:.3f}",
@@ -223,24 +253,34 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--models", nargs="+", choices=SHAPES, default=["0.5B", "7B"] if on_cuda else ["toy"])
     add("--layers", type=int, help="of every model; default: what fits")
-    add("--answer-tokens", type=int, default=1400 if on_cuda else 40, help="about, in the mean")
+    add("--answer-tokens", type=int, default=1000 if on_cuda else 40, help="about, in the mean")
     add("--longest", type=int, default=4032 if on_cuda else 128, help="tokens of an answer")
-    add("--questions", type=int, default=64 if on_cuda else 8, help="a rollout")
-    add("--rollouts", type=int, default=4, help="measured ones")
+    add("--questions", type=int, default=16 if on_cuda else 8, help="a rollout, a multiple of 4")
+    add("--rollouts", type=int, default=2, help="measured ones")
+    add("--limit-s", type=float, default=3600.0, help="for the runs of each model")
     add("--micro-batch", type=int, default=16_384 if on_cuda else 512, help="tokens")
     add("--max-sequences", type=int, default=512 if on_cuda else 64, help="answers at once")
     add("--memory-fraction", type=float, default=0.6, help="of the GPU, for vLLM")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16" if on_cuda else "float32")
     add("--quantization", choices=["none", "fp8"], default="none", help="of the engine")
     add("--recompute", choices=["none", "selective", "full"], default="selective")
-    add("--offload", action=argparse.BooleanOptionalAction, default=on_cuda)
+    add("--offload", action=argparse.BooleanOptionalAction, help="default: on a GPU, in bfloat16")
     add("--gpu", choices=CARDS, default=_card(), help="that is planned for; default: this one")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.questions % 4:
+        parser.error(f"--questions was {args.questions}; it may be a multiple of 4")
+    if args.offload is None:
+        args.offload = on_cuda and args.dtype == "bfloat16"
+    return args
 
 
 def _card() -> str | None:
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    """The first GPU's, if the plan knows it."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    name = subprocess.run(words, capture_output=True, text=True).stdout.lower()
     return next((card for card in CARDS if card in name), None)
 
 
@@ -256,16 +296,15 @@ def loop(shape: str, folder: Path, args: argparse.Namespace) -> None:
     path.write_text(yaml.safe_dump(recipe_of(model, folder, args)))
     num_layers = args.layers or layers_that_fit(shape, path, args)
     print(f"{shape}: {num_layers} layers", file=sys.stderr)
-    write_model(model, shape, num_layers, args.answer_tokens, getattr(torch, args.dtype))
-    torch.cuda.empty_cache()
-    found, said = measure(path, folder / "run" / FILE_NAME, args.set, args.rollouts)
+    dtype = getattr(torch, args.dtype)
+    elsewhere(write_model, model, shape, num_layers, args.answer_tokens, dtype)
+    found, said = measure(path, folder / "run" / FILE_NAME, args)
     times = planned(path, args.set, args.gpu, found) if args.gpu else None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     title = f"{shape}, {num_layers} layers"
     print(f"\n## {title}: {args.questions} questions × {GROUP} answers, {args.dtype}", end="")
     print(f", engine's quantization {args.quantization}, torch {torch.__version__}\n")
     print(seconds_table(title, found, times), end="\n\n")
-    print(memory_table(title, found, copy_rate(device)), flush=True)
+    print(memory_table(title, found, elsewhere(copy_rate)), flush=True)
     for line in dict.fromkeys(line for line in said.splitlines() if "differ by" in line):
         print(f"warned: {line}")
 

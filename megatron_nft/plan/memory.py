@@ -107,8 +107,8 @@ def layer_bytes_per_token(hf_config: PretrainedConfig, config: Config, bytes_eac
 
     Inputs of the two norms and of the matrix products behind them; what attention takes, gives and
     divided by; the gate, up and product of the MLP. Norms and their outputs are shared out by
-    sequence parallelism, the rest by tensor parallelism. Exact for `model.layers: torch`
-    (tests/test_plan_memory.py), and taken for Transformer Engine's too.
+    sequence parallelism, the rest by tensor parallelism. Exact for bfloat16 and `model.layers:
+    torch` (tests/test_plan_memory.py), and taken for Transformer Engine's and float32 too.
     """
     return _attention_part(hf_config, config, bytes_each) + _mlp_part(hf_config, config, bytes_each)
 
