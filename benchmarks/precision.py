@@ -61,6 +61,8 @@ KINDS = {
     "fp8-rollouts": [*BF16, "model.layers=torch", "rollout.quantization=fp8"],
 }
 OF_TE = ("te", "tensorwise", "blockwise")
+# of a kind: memory that is too small, what Transformer Engine refuses, a step that is not finite
+TROUBLES = (RuntimeError, ValueError, AssertionError, ImportError, FloatingPointError)
 EXACT, BASE = "float32", "bfloat16"  # what errors are relative to
 Gradient = dict[str, torch.Tensor]  # float32, by Hugging Face names
 
@@ -98,13 +100,15 @@ def errors(args: argparse.Namespace, folder: Path) -> list[str]:
     for kind in kinds:
         try:
             own = measured(config_of(kind, path, args), args)
-        except (RuntimeError, ValueError, AssertionError):  # Megatron's and Transformer Engine's
+        except TROUBLES:
             traceback.print_exc()
+            own = None
+        gc.collect()  # the policy, before the next one comes
+        torch.cuda.empty_cache()
+        if own is None:
             row(kind, "", "failed")
             failed.append(kind)
             continue
-        gc.collect()  # the policy, before the next one comes
-        torch.cuda.empty_cache()
         for name, base in bases.items():
             row(kind, name, *compared(own, base))
         if kind in (EXACT, BASE):
@@ -172,6 +176,8 @@ def imitation(args: argparse.Namespace, folder: Path) -> list[str]:
         overrides += [f"data.train[0].path={task / 'data' / 'demonstrations.jsonl'}"]
         found = run("demo-cold-start.yaml", task / kind, overrides, seed, args)
         taken = [r for r in found if "loss" in r]  # steps that were not finite have none
+        if not taken:
+            raise RunError(f"no step of {len(found)} was finite")
         last = taken[-max(1, len(taken) // 10) :]
         figures = (
             taken[0]["loss"],

@@ -10,8 +10,8 @@ whose answers end by chance (benchmarks/strangers.py), and right is what a coin 
 text: practically every group is mixed, and nothing is learnt.
 
 seconds   medians of --rollouts, after one that warms up; memory: the engine's sleep, what is moved
-          off the GPU and back; between: what no phase counts, such as the judging of the last
-          answers; planned: what `megatron-nft plan` says for --gpu and these lengths
+          off the GPU and back; between: what no phase counts; planned: what `megatron-nft plan`
+          says for --gpu and these lengths, where the engine's sleep is in "between"
 memory    the most that was in use of the GPU at the end of a phase, what vLLM's sleep gave back,
           each time, and what is in use then (a CPU host's engine keeps its memory)
 weights   bytes of the whole tensors over the time of the hand-over, in which the engine wakes,
@@ -88,7 +88,7 @@ def recipe_of(model: Path, folder: Path, args: argparse.Namespace) -> dict[str, 
             "quantization": args.quantization,
         },
         "optimizer": {
-            "questions_per_minibatch": max(1, args.questions // 4),
+            "questions_per_minibatch": args.questions // 4,
             "tokens_per_microbatch": args.micro_batch,
             "warmup_rollouts": 0,
         },
@@ -110,8 +110,16 @@ def layers_that_fit(shape: str, path: Path, args: argparse.Namespace) -> int:
     return stranger.num_hidden_layers
 
 
+class LoopError(RuntimeError):
+    """What the run said."""
+
+
 def measure(path: Path, log: Path, args: argparse.Namespace) -> tuple[list[Record], str]:
-    """The rollouts' records, without the first one's where there are more; what the run said."""
+    """The rollouts' records, the one that warms up first, and what the run said.
+
+    Raises:
+        LoopError: it ended by itself, or no rollout was done in time.
+    """
     command = [sys.executable, "-m", "megatron_nft", "train", str(path), *args.set]
     paths = [str(BENCHMARKS), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -123,24 +131,25 @@ def measure(path: Path, log: Path, args: argparse.Namespace) -> tuple[list[Recor
         try:
             found = list(_watched(process, log, args))
         finally:
+            has_ended = process.poll() is not None
             _end(process)
-    if not found:
-        sys.exit(f"{said.read_text()[-8000:]}\nno rollout was done")
-    return found[1:] or found, said.read_text()
+    if has_ended or not found:
+        raise LoopError(f"{said.read_text()[-8000:]}\nafter {len(found)} rollouts")
+    return found, said.read_text()
 
 
 def _watched(process: subprocess.Popen, log: Path, args: argparse.Namespace) -> Iterator[Record]:
-    """Each rollout's record with the time since the one before, as it comes."""
-    begun = before = time.monotonic()
+    """Each rollout's record, with the time since the one before, as it comes."""
+    begun = before = time.time()
     number = 0
     with tqdm(total=args.rollouts + 1, desc="rollouts", unit="rollout") as bar:
-        while number <= args.rollouts and time.monotonic() < begun + args.limit_s:
+        while number <= args.rollouts and time.time() < begun + args.limit_s:
             has_ended = process.poll() is not None
             for record in _rollouts(log)[number : args.rollouts + 1]:
-                now = time.monotonic()
+                now = log.stat().st_mtime  # when it came, if no other has come since
                 record[WHOLE], before, number = now - before, now, number + 1
                 bar.update()
-                told = {k: round(v, 2) for k, v in record.items() if k.startswith(TOLD)}
+                told = {k: v for k, v in record.items() if k.startswith(TOLD)}
                 tqdm.write(f"rollout {number}: {json.dumps(told)}", file=sys.stderr)
                 yield record
             if has_ended:
@@ -158,16 +167,21 @@ def _rollouts(log: Path) -> list[Record]:
 
 def _end(process: subprocess.Popen) -> None:
     """With all that it started, which may have a GPU's memory."""
+    started = []
     with suppress(psutil.NoSuchProcess):
         started = psutil.Process(process.pid).children(recursive=True)
-        process.kill()  # the others end with it: processes.end_with_parent
-        psutil.wait_procs(started, timeout=60)
+    process.kill()  # the others end with it: processes.end_with_parent
     process.wait()
+    _, alive = psutil.wait_procs(started, timeout=60)
+    for one in alive:
+        one.kill()
+    psutil.wait_procs(alive)
 
 
 def elsewhere[T](function: Callable[..., T], *args: Any) -> T:
     """The function's result by a process that ends: this one has nothing on the GPU."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent) as pool:
         return pool.submit(function, *args).result()
 
 
@@ -268,27 +282,33 @@ def arguments() -> argparse.Namespace:
     add("--gpu", choices=CARDS, default=_card(), help="that is planned for; default: this one")
     add("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more of the recipe")
     args = parser.parse_args()
-    if args.questions % 4:
-        parser.error(f"--questions was {args.questions}; it may be a multiple of 4")
+    if args.questions < 4 or args.questions % 4:
+        parser.error(f"--questions was {args.questions}; it may be 4, 8, 12 …")
     if args.offload is None:
         args.offload = on_cuda and args.dtype == "bfloat16"
     return args
 
 
 def _card() -> str | None:
-    """The first GPU's, if the plan knows it."""
+    """The first GPU's, if the plan knows it: NVIDIA H100 80GB HBM3, NVIDIA H200, NVIDIA B200."""
     if not shutil.which("nvidia-smi"):
         return None
     words = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    name = subprocess.run(words, capture_output=True, text=True).stdout.lower()
-    return next((card for card in CARDS if card in name), None)
+    names = subprocess.run(words, capture_output=True, text=True).stdout.lower().split("\n")
+    return next((card for card in CARDS if card in names[0].split()), None)
 
 
 def main() -> None:
-    args = arguments()
+    args, failed = arguments(), []
     for shape in args.models:
         with tempfile.TemporaryDirectory() as name:
-            loop(shape, Path(name), args)
+            try:
+                loop(shape, Path(name), args)
+            except LoopError as error:
+                print(f"{shape}: {error}", file=sys.stderr)
+                failed.append(shape)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 def loop(shape: str, folder: Path, args: argparse.Namespace) -> None:
@@ -298,11 +318,12 @@ def loop(shape: str, folder: Path, args: argparse.Namespace) -> None:
     print(f"{shape}: {num_layers} layers", file=sys.stderr)
     dtype = getattr(torch, args.dtype)
     elsewhere(write_model, model, shape, num_layers, args.answer_tokens, dtype)
-    found, said = measure(path, folder / "run" / FILE_NAME, args)
+    (first, *rest), said = measure(path, folder / "run" / FILE_NAME, args)
+    found, which = (rest, f"medians of {len(rest)}") if rest else ([first], "the first, with start")
     times = planned(path, args.set, args.gpu, found) if args.gpu else None
     title = f"{shape}, {num_layers} layers"
     print(f"\n## {title}: {args.questions} questions × {GROUP} answers, {args.dtype}", end="")
-    print(f", engine's quantization {args.quantization}, torch {torch.__version__}\n")
+    print(f", engine's quantization {args.quantization}, torch {torch.__version__}; {which}\n")
     print(seconds_table(title, found, times), end="\n\n")
     print(memory_table(title, found, elsewhere(copy_rate)), flush=True)
     for line in dict.fromkeys(line for line in said.splitlines() if "differ by" in line):

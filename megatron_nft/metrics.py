@@ -126,8 +126,7 @@ def read_metrics(run_dir: Path) -> list[Record]:
 
 
 class PhaseTimer:
-    """Seconds spent in each named phase since the last reset, and a GPU's memory; phases do not
-    nest.
+    """Seconds and a GPU's memory of each named phase since the last reset; phases do not nest.
 
     Args:
         on_change: told a phase's name when it begins and "" when it ends, unless it raises.
@@ -154,20 +153,23 @@ class PhaseTimer:
     def seconds(self) -> dict[str, float]:
         return dict(self._seconds)
 
-    def device_gib(self) -> dict[str, float]:
-        """What was in use of the GPU, by whomever, at the end of each phase: the most of its ends.
-
-        torch keeps what it frees, so that this is about the phase's peak. (Its own count is not:
-        it goes on counting the memory that vLLM gives back by other ways.) Empty on CPU hosts.
-        """
-        return dict(self._gib)
-
     def peak_memory_gib(self) -> float:
-        """The most of these; on a CPU host what the process held at most since its start."""
+        """What was in use of the GPU, by whomever, at the end of a phase: the most of its ends.
+
+        torch keeps what it frees, so that this is about the phases' peak. (Its own count is not:
+        it goes on counting the memory that vLLM gives back by other ways.) On a CPU host what the
+        process held at most since its start.
+        """
         if self._gib:
             return max(self._gib.values())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / GIB if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+
+    def metrics(self) -> dict[str, float]:
+        """seconds/ and, where a GPU is used, device_gib/ of every phase; peak_memory_gib."""
+        found = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}
+        found |= {f"device_gib/{name}": gib for name, gib in self._gib.items()}
+        return found | {"peak_memory_gib": self.peak_memory_gib()}
 
     def reset(self) -> None:
         self._seconds.clear()

@@ -50,9 +50,7 @@ def rollout_statistics(
     found = {
         "tokens_trained": tokens,
         "tokens_per_second": tokens / sum(timer.seconds().values()),
-        "peak_memory_gib": timer.peak_memory_gib(),
     }
-    found |= {f"device_gib/{name}": gib for name, gib in timer.device_gib().items()}
     if tally is None:
         return found
     accuracies = [group.accuracy for group, _ in groups]

@@ -84,9 +84,8 @@ def one_rollout(run: Run) -> None:
     evaluated = run.evaluate() if run.evaluates_after(state) else {}
     record_ |= evaluated | {"checkpoints_failed": run.checkpoints_failed}
     run.state = replace(state, accuracy=mean_accuracy(evaluated))
-    seconds = {f"seconds/{name}": s for name, s in timer.seconds().items()}
     # the record before the checkpoint: a resumed run can cut a record, but not make up for one
-    run.log(run.sampler.metrics() | record_ | seconds)
+    run.log(run.sampler.metrics() | record_ | timer.metrics())
     timer.reset()
     run.finish_saving(wait=False)  # counted with the next rollout
     if run.saves_after(run.state):

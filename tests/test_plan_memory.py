@@ -149,17 +149,30 @@ def test_a_layer_keeps_what_the_plan_says(
     assert found[family, layout, memory] == pytest.approx(planned, rel=0.01)
 
 
-def held_where_there_is_a_gpu(config: Config) -> list[Held]:
-    host.has_cuda = lambda: True
-    return held_by_ranks(FAMILIES["qwen2"](), config, 2)
+PLANNED = {
+    "TP2": (ParallelConfig(tensor=2), False),
+    "PP2, tied": (ParallelConfig(pipeline=2), True),  # both stages have the embedding
+}
+
+
+def held(has_gpu: bool) -> tuple[list[list[Held]], bool]:
+    """By this host, or as if it had a GPU; and whether one was used."""
+    if has_gpu:
+        host.has_cuda = lambda: True
+    found = [
+        held_by_ranks(
+            FAMILIES["qwen2"](tie_word_embeddings=is_tied, num_hidden_layers=2),
+            replace(configured("TP1", "none"), parallel=parallel),
+            2,
+        )
+        for parallel, is_tied in PLANNED.values()
+    ]
+    return found, torch.cuda.is_initialized()
 
 
 @pytest.mark.processes
 def test_a_plan_on_a_gpu_s_host_makes_nothing_on_it() -> None:
-    """There is none here: to touch it would be an error."""
-    config = configured("TP2", "none")
-    assert run(held_where_there_is_a_gpu, 1, config)[0] == run(held_here, 1, config)[0]
-
-
-def held_here(config: Config) -> list[Held]:
-    return held_by_ranks(FAMILIES["qwen2"](), config, 2)
+    """Of dense models. Where there is no GPU, to touch it would be an error."""
+    with_gpu, is_used = run(held, 1, True)[0]
+    assert not is_used
+    assert with_gpu == run(held, 1, False)[0][0]

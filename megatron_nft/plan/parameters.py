@@ -64,9 +64,8 @@ def _held(
 ) -> Held:
     with pretended(config.parallel, rank, num_ranks), torch.device("meta"), _quiet():
         model_config = transformer_config(hf_config, config)
-        model_config.use_cpu_initialization = (
-            True  # else Megatron names the GPU, where there is one
-        )
+        # else Megatron makes them, and tied copies of the embedding, on a GPU where there is one
+        model_config.use_cpu_initialization = model_config.init_model_with_meta_device = True
         chunks = chunks_of(hf_config, model_config)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
     # Megatron's own mark of what the data-parallel ranks do not share
