@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import tables
+
 from megatron_nft.metrics import read_metrics
 
 
@@ -24,15 +26,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     seeds = parser.parse_args().seeds
     columns = "seed", "before", "after", "NFT rollouts", "engine |Δlogp|", "export |Δlogp|", "s"
-    print("| " + " | ".join(column.replace("|", "\\|") for column in columns) + " |")
-    print("|---|---|---|---|---|---|---|")
+    print(tables.head(columns))
     for seed in seeds:
         with tempfile.TemporaryDirectory() as out:
-            print(row(seed, Path(out)), flush=True)
+            print(tables.row(measured(seed, Path(out))), flush=True)
 
 
-def row(seed: int, out: Path) -> str:
-    """Run the demo in a directory of its own; its line of the table."""
+def measured(seed: int, out: Path) -> list[str]:
+    """Run the demo in a directory of its own; its cells of the table."""
     start = time.monotonic()
     command = [sys.executable, "-m", "megatron_nft", "demo", "--out", str(out), "--seed", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -41,9 +42,9 @@ def row(seed: int, out: Path) -> str:
     accuracies = [r["eval/heldout/accuracy"] for r in records if "eval/heldout/accuracy" in r]
     drift = max(r["logp_delta_max"] for r in records if "logp_delta_max" in r)
     export = re.search(r"max \|Δlogp\| (\S+)", done.stdout + done.stderr).group(1)
-    cells = [seed, f"{accuracies[0]:.1%}", f"{accuracies[-1]:.1%}", records[-1]["rollout"]]
-    cells += [f"{drift:.1e}", export, f"{seconds:.0f}"]
-    return "| " + " | ".join(map(str, cells)) + " |"
+    shares = [f"{accuracy:.1%}" for accuracy in (accuracies[0], accuracies[-1])]
+    numbers = f"{drift:.1e}", export, f"{seconds:.0f}"
+    return [str(seed), *shares, str(records[-1]["rollout"]), *numbers]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from shapes import SHAPES, fill, hf_config, start, workload
+from tables import markdown
 
 from megatron_nft.config import Config, ParallelConfig
 from megatron_nft.plan.cards import CARDS
@@ -228,8 +229,7 @@ def measure(case: Case, args: argparse.Namespace) -> list[Measured]:
     hf.num_hidden_layers = args.layers or layers_that_fit(case, config)
     say(f"{case}: {hf.num_hidden_layers} layers", file=sys.stderr)
     num_ranks = parallel_state.get_data_parallel_world_size()
-    rows = case.tokens, args.mean, num_ranks, args.micro_batches
-    sequences = workload(hf.vocab_size, *rows)
+    sequences = workload(hf.vocab_size, case.tokens, args.mean, num_ranks, args.micro_batches)
     lengths, num_predicted = zip(*((s.num_tokens, len(s.response)) for s in sequences), strict=True)
     policy = TimedPolicy(config, hf)
     bins = policy._bins(sequences)[parallel_state.get_data_parallel_rank()]
@@ -282,7 +282,7 @@ def say(*text: str, **options: Any) -> None:
 
 
 def report(found: dict[Case, list[Measured]], rate: float, peak: float | None) -> str:
-    figures, parts = [[*NAMES, *FIGURES]], [[*NAMES, *PARTS]]
+    figures, parts = [], []
     for case, passes in found.items():
         name = astuple(case)[1:]
         if not passes:
@@ -296,12 +296,8 @@ def report(found: dict[Case, list[Measured]], rate: float, peak: float | None) -
             figures.append([*name, m.what, *cells, f"{m.seconds:.4g}"])
             shares = (f"{s:.3g} s, {s / whole:.1%}" for s in m.parts.values())
             parts.append([*name, m.what, *shares])
-    return f"{markdown(figures)}\n\n{markdown(parts)}\n"
-
-
-def markdown(rows: Sequence[Sequence[Any]]) -> str:
-    head, *rest = (f"| {' | '.join(map(str, row))} |" for row in rows)
-    return "\n".join([head, "|" + "---:|" * len(rows[0]), *rest])
+    tables = markdown([*NAMES, *FIGURES], figures), markdown([*NAMES, *PARTS], parts)
+    return "\n\n".join(tables) + "\n"
 
 
 def goals(found: dict[Case, list[Measured]], rate: float) -> Iterator[str]:

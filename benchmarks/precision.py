@@ -28,6 +28,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -41,6 +42,7 @@ import torch
 from policies import policy_of
 from shapes import SHAPES, start, workload
 from strangers import write_model
+from tables import head, row
 
 from checkpoints_conversion.live import named_parameters
 from checkpoints_conversion.stream import stream_of
@@ -50,17 +52,15 @@ from megatron_nft.metrics import Record, read_metrics
 from megatron_nft.policy import host, parallel
 from megatron_nft.processes import end_with_parent
 
-HYBRID = ["fp8.format=hybrid", "fp8.recipe=tensorwise"]
 BF16, TE = ["model.dtype=bfloat16"], ["model.layers=transformer_engine"]
 KINDS = {
     "float32": ["model.dtype=float32", "model.layers=torch"],
     "bfloat16": [*BF16, "model.layers=torch"],
     "te": [*BF16, *TE],
-    "tensorwise": [*BF16, *TE, *HYBRID],
+    "tensorwise": [*BF16, *TE, "fp8.format=hybrid", "fp8.recipe=tensorwise"],
     "blockwise": [*BF16, *TE, "fp8.format=e4m3", "fp8.recipe=blockwise"],
     "fp8-rollouts": [*BF16, "model.layers=torch", "rollout.quantization=fp8"],
 }
-OF_TE = ("te", "tensorwise", "blockwise")
 # of a kind: memory that is too small, what Transformer Engine refuses, a step that is not finite
 TROUBLES = (RuntimeError, ValueError, AssertionError, ImportError, FloatingPointError)
 EXACT, BASE = "float32", "bfloat16"  # what errors are relative to
@@ -85,6 +85,8 @@ def main() -> None:
         sys.exit(f"failed: {'; '.join(failed)}")
 
 
+show = partial(print, flush=True)
+
 # errors
 
 
@@ -94,7 +96,7 @@ def errors(args: argparse.Namespace, folder: Path) -> list[str]:
     start(ParallelConfig())
     print(f"\n## Errors: {args.model or f'{args.shape}, random'}, {device()}\n")
     columns = "", "against", "mean |Δlogp|", "max", "gradient off by", "cosine", "worst parameter"
-    table_head([column.replace("|", "\\|") for column in columns])
+    show(head(columns))
     bases: dict[str, Measured] = {}
     failed = []
     for kind in kinds:
@@ -106,11 +108,11 @@ def errors(args: argparse.Namespace, folder: Path) -> list[str]:
         gc.collect()  # the policy, before the next one comes
         torch.cuda.empty_cache()
         if own is None:
-            row(kind, "", "failed")
+            show(row([kind, "", "failed"]))
             failed.append(kind)
             continue
         for name, base in bases.items():
-            row(kind, name, *compared(own, base))
+            show(row([kind, name, *compared(own, base)]))
         if kind in (EXACT, BASE):
             bases[kind] = own
     parallel.finalize()
@@ -131,8 +133,8 @@ def config_of(kind: str, path: Path, args: argparse.Namespace) -> Config:
 
 def measured(config: Config, args: argparse.Namespace) -> Measured:
     policy = policy_of(config)
-    rows = args.tokens, args.mean, 1, args.micro_batches
-    sequences = workload(policy.hf_config.vocab_size, *rows)
+    vocab_size = policy.hf_config.vocab_size
+    sequences = workload(vocab_size, args.tokens, args.mean, 1, args.micro_batches)
     logps = policy.logp(sequences)
     policy.update(
         [replace(s, old_logp=logp) for s, logp in zip(sequences, logps, strict=True)], lr=0.0
@@ -167,7 +169,7 @@ def _sums(a: Gradient, b: Gradient) -> np.ndarray:
 
 def imitation(args: argparse.Namespace, folder: Path) -> list[str]:
     print(f"\n## The demo's cold start, {args.steps} steps, {device()}\n")
-    table_head(["", "seed", "first loss", "last loss", "gradient norm", "skipped", "s a step"])
+    show(head(["", "seed", "first loss", "last loss", "gradient norm", "skipped", "s a step"]))
 
     def cells(kind: str, seed: int) -> list[str]:
         task = made(folder, seed)
@@ -193,7 +195,7 @@ def imitation(args: argparse.Namespace, folder: Path) -> list[str]:
 def learning(args: argparse.Namespace, folder: Path) -> list[str]:
     print(f"\n## NFT on the demo's task, {device()}\n")
     columns = "", "seed", "steps", "skipped", "before", "best", "end", "mean |Δlogp|"
-    table_head([c.replace("|", "\\|") for c in (*columns, "largest mean", "s a rollout")])
+    show(head([*columns, "largest mean", "s a rollout"]))
     options = recipe.load(demo.RECIPES / "demo.yaml", [])
     per_rollout = options.rollout.questions // options.optimizer.questions_per_minibatch
 
@@ -221,10 +223,10 @@ def rows(
     failed = []
     for seed, kind in product(seeds, kinds):
         try:
-            row(kind, str(seed), *cells(kind, seed))
+            show(row([kind, seed, *cells(kind, seed)]))
         except RunError as error:
             print(error, file=sys.stderr)
-            row(kind, str(seed), "failed")
+            show(row([kind, seed, "failed"]))
             failed.append(f"{kind}, seed {seed}")
     return failed
 
@@ -280,15 +282,7 @@ def seconds(found: Sequence[Record]) -> float:
     return float(np.median([s for s in spent if s]))
 
 
-# tables
-
-
-def table_head(columns: Sequence[str]) -> None:
-    print("| " + " | ".join(columns) + " |\n|---|" + "---:|" * (len(columns) - 1), flush=True)
-
-
-def row(*cells: str) -> None:
-    print("| " + " | ".join(cells) + " |", flush=True)
+# arguments
 
 
 def device() -> str:
@@ -297,10 +291,12 @@ def device() -> str:
 
 
 def kinds_here() -> list[str]:
-    has_te = host.has_cuda() and find_spec("transformer_engine") is not None
-    can: dict[str, Callable[[], bool]] = dict.fromkeys(OF_TE, lambda: has_te)
-    can["fp8-rollouts"] = lambda: host.has_cuda() and find_spec("vllm") is not None
-    return [kind for kind in KINDS if can.get(kind, lambda: True)()]
+    lacking: set[str] = set()
+    if not (host.has_cuda() and find_spec("transformer_engine")):
+        lacking |= {"te", "tensorwise", "blockwise"}
+    if not (host.has_cuda() and find_spec("vllm")):
+        lacking.add("fp8-rollouts")
+    return [kind for kind in KINDS if kind not in lacking]
 
 
 def arguments() -> argparse.Namespace:

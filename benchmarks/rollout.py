@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from processes import run
+from tables import markdown
 from toys import save_qwen2, save_tokenizer
 
 from megatron_nft import demo, recipe
@@ -106,9 +107,7 @@ def config_of(folder: Path) -> Config:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
-    for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+    print(f"\n{title}\n\n{markdown(columns, rows)}", flush=True)
 
 
 # generate

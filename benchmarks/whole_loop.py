@@ -43,6 +43,7 @@ import torch
 import yaml
 from shapes import SHAPES, hf_config
 from strangers import write_model, write_questions
+from tables import markdown
 from tqdm import tqdm
 
 from checkpoints_conversion.hf_files import read_hf_config
@@ -231,7 +232,7 @@ def seconds_table(name: str, found: list[Record], times: Times | None) -> str:
         [name, *(f"{s:.2f}" for s in row), f"{sampled / row[0]:,.0f}", f"{trained / row[-1]:,.0f}"]
         for name, row in rows.items()
     ]
-    return markdown([head, *lines])
+    return markdown(head, lines)
 
 
 def memory_table(name: str, found: list[Record], copied: float) -> str:
@@ -248,16 +249,11 @@ def memory_table(name: str, found: list[Record], copied: float) -> str:
         "weights, GiB": f"{gib:.3f}",
         "GB/s": f"{rate / 1e9:.2f}",
         "× a copy's time": f"{copied / rate:.1f}",
-        "mean \\|Δlogp\\|": f"{typical(found, 'logp_delta_mean'):.1e}",
+        "mean |Δlogp|": f"{typical(found, 'logp_delta_mean'):.1e}",
         "max": f"{max(record['logp_delta_max'] for record in found):.1e}",
         "probe": f"{typical(found, 'probe_delta_mean'):.1e}",
     }
-    return markdown([list(cells), list(cells.values())])
-
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "|---|" + "---:|" * (len(rows[0]) - 1), *rest])
+    return markdown(list(cells), [list(cells.values())])
 
 
 def arguments() -> argparse.Namespace:

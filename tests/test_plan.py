@@ -117,7 +117,7 @@ def test_activations_go_with_what_is_kept() -> None:
         return planned(options, 128).ranks[0].activations
 
     layer_input = 2 * 5120 / 8 * 16384  # bf16, over the tensor ranks
-    whole = memory.layer_bytes_per_token(QWEN_32B, config(tensor=8, sequence=True), 2) * 16384
+    whole = memory.layer_bytes_per_token(QWEN_32B, config(tensor=8, sequence=True)) * 16384
     assert activations(recompute="full") == pytest.approx(64 * layer_input + whole)
     assert activations() == pytest.approx(64 * whole)
     assert activations(recompute="full") < activations(recompute="selective") < activations()

@@ -102,7 +102,7 @@ def _optimizer(config: Config, held: Held, num_ranks: int) -> float:
     return (dense + expert) * each
 
 
-def layer_bytes_per_token(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> float:
+def layer_bytes_per_token(hf_config: PretrainedConfig, config: Config) -> float:
     """What a layer keeps for backward of each token, with nothing computed again.
 
     Inputs of the two norms and of the matrix products behind them; what attention takes, gives and
@@ -110,11 +110,11 @@ def layer_bytes_per_token(hf_config: PretrainedConfig, config: Config, bytes_eac
     sequence parallelism, the rest by tensor parallelism. Exact for bfloat16 and `model.layers:
     torch` (tests/test_plan_memory.py), and taken for Transformer Engine's and float32 too.
     """
-    return _attention_part(hf_config, config, bytes_each) + _mlp_part(hf_config, config, bytes_each)
+    return _attention_part(hf_config, config) + _mlp_part(hf_config, config)
 
 
-def _attention_part(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> float:
-    sizes, shared = sizes_of(hf_config), sequence_ranks(config)
+def _attention_part(hf_config: PretrainedConfig, config: Config) -> float:
+    sizes, shared, bytes_each = sizes_of(hf_config), sequence_ranks(config), bytes_of(config)
     heads = bytes_each * _attended(hf_config, config) + 4 * sizes.num_heads  # those in float32
     return bytes_each * 4 * sizes.hidden / shared + heads / config.parallel.tensor
 
@@ -136,8 +136,8 @@ def _attended(hf_config: PretrainedConfig, config: Config) -> float:
     return both + gathered + (as_they_came + copied if has_norms else 0)
 
 
-def _mlp_part(hf_config: PretrainedConfig, config: Config, bytes_each: int) -> float:
-    sizes, parallel = sizes_of(hf_config), config.parallel
+def _mlp_part(hf_config: PretrainedConfig, config: Config) -> float:
+    sizes, parallel, bytes_each = sizes_of(hf_config), config.parallel, bytes_of(config)
     if not sizes.num_experts:
         return bytes_each * 3 * sizes.ffn / parallel.tensor
     # a token goes to several experts, each of them whole; ranks get as many as they send
@@ -149,12 +149,11 @@ def kept_and_once(hf_config: PretrainedConfig, config: Config) -> tuple[float, f
     """Bytes of a token: what each layer keeps for backward, and what one that is computed again
     holds besides, meanwhile.
     """
-    bytes_each = bytes_of(config)
-    whole = layer_bytes_per_token(hf_config, config, bytes_each)
+    whole = layer_bytes_per_token(hf_config, config)
     if config.memory.recompute == "full":
-        return bytes_each * sizes_of(hf_config).hidden / sequence_ranks(config), whole
+        return bytes_of(config) * sizes_of(hf_config).hidden / sequence_ranks(config), whole
     if config.memory.recompute == "selective" and "mlp" in config.memory.recompute_modules:
-        part = _mlp_part(hf_config, config, bytes_each)
+        part = _mlp_part(hf_config, config)
         return whole - part, part
     return whole, 0.0
 
